@@ -1,0 +1,90 @@
+"""One run directory for every torchrun launch, and nothing saved in it is ever lost.
+
+::
+
+    with runmgr.start_run("digits", monitor="val/accuracy") as run:     # every rank
+        state = {"net": model, "optimizer": optimizer}
+        progress = run.restore(state)                                   # a fresh run: epoch 0
+        for epoch in range(progress.epoch, 10):
+            ...
+            run.save(state, epoch=epoch + 1, metrics={"val/accuracy": accuracy})
+
+Names are loaded on first use, so that looking things up never imports torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runmgr.disk.catalog import (
+        RunInfo,
+        best_run,
+        get_checkpoints_dir_path,
+        get_latest_run_id,
+        get_run,
+        list_experiments,
+        list_runs,
+    )
+    from runmgr.disk.checkpoints import Checkpoint, Keep
+    from runmgr.errors import (
+        AgreementError,
+        CheckpointCorrupt,
+        CheckpointNotFound,
+        InvalidInput,
+        InvalidName,
+        NotShared,
+        RankFailed,
+        RankTimeout,
+        RunBusy,
+        RunError,
+        RunNotFound,
+        Superseded,
+    )
+    from runmgr.run import Progress, Run
+    from runmgr.start import start_run
+    from runmgr.worker.averaging import BestAverage, ExponentialAverage, RunningAverage
+    from runmgr.worker.saving import SaveHandle
+
+    __version__: str
+
+_HOMES = {
+    "runmgr.disk.catalog": (
+        "RunInfo", "best_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs",
+    ),
+    "runmgr.disk.checkpoints": ("Checkpoint", "Keep"),
+    "runmgr.errors": (
+        "AgreementError", "CheckpointCorrupt", "CheckpointNotFound", "InvalidInput", "InvalidName", "NotShared",
+        "RankFailed", "RankTimeout", "RunBusy", "RunError", "RunNotFound", "Superseded",
+    ),
+    "runmgr.run": ("Progress", "Run"),
+    "runmgr.start": ("start_run",),
+    "runmgr.worker.averaging": ("BestAverage", "ExponentialAverage", "RunningAverage"),
+    "runmgr.worker.saving": ("SaveHandle",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # sorted by a test, without the version
+    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "ExponentialAverage",
+    "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy",
+    "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "Superseded", "best_run",
+    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "start_run",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("runmgr")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'runmgr' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,201 @@
+"""Write, replace, link, lock: durable or not at all.
+
+Every function leaves either what was there before or the whole new thing, also when the process is killed, the disk
+is full or the power fails; temporaries carry `TEMPORARY` in their names, and nobody reads those. An `OSError` from here
+always names a path.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+TEMPORARY = ".tmp-"
+LOCK_TIMEOUT_S = 10.0
+_LOCK_POLL_S = 0.002
+_NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, 524}
+_NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTSUP}
+_COPY_CHUNK_BYTES = 4 << 20
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add `path` to an `OSError` that does not say which file it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a fresh temporary name in the directory of `path`, so that renaming it to `path` stays on one file system."""
+    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable; file systems that cannot sync directories keep their own promise."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with naming(directory):
+            os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
+    """Yield a descriptor to write the content of `path` to; the name appears, whole and durable, when the block ends.
+
+    The umask and a setgid directory rule over `mode`, as for any file. After an error nothing is left.
+    """
+    temporary = temporary_beside(path)
+    with naming(path):
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+                if not mode & 0o222:
+                    os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o555)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+        except BaseException:
+            remove(temporary)
+            raise
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by a file that holds `content`."""
+    with new_file(path) as descriptor:
+        write_all(descriptor, content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as readable JSON."""
+    write_bytes(path, dump_json(value))
+
+
+def write_derived_json(path: Path, value: Any) -> None:
+    """Replace `path` atomically for readers, but not durably: for what can be made again from other files."""
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_bytes(dump_json(value))
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def dump_json(value: Any) -> bytes:
+    """Encode `value` the way every record is written: UTF-8, indented, strict JSON without NaN."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode(errors="surrogateescape") + b"\n"
+
+
+def write_all(descriptor: int, content: bytes | memoryview) -> None:
+    """Write every byte, however many calls that takes."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def create_bytes(path: Path, content: bytes) -> None:
+    """Make `path` with `content`; exactly one of several rivals succeeds, the others get `FileExistsError`.
+
+    Where links work, nobody ever sees a part of the content.
+    """
+    temporary = temporary_beside(path)
+    write_bytes(temporary, content)
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS_HERE:
+            raise
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with naming(path):
+                write_all(descriptor, content)
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    finally:
+        remove(temporary)
+    sync_directory(path.parent)
+
+
+def point_name(name: Path, target: Path) -> None:
+    """Make `name` another name of the file `target`, atomically; by a copy where hard links do not work.
+
+    The caller syncs the directory once it has pointed all its names.
+    """
+    temporary = temporary_beside(name)
+    try:
+        try:
+            os.link(target, temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS_HERE:
+                raise
+            copy(target, temporary)
+        os.replace(temporary, name)
+    finally:
+        remove(temporary)  # POSIX: renaming one name of a file to another of its names does nothing
+
+
+def copy(source: Path, target: Path) -> None:
+    """Make `target`, which must not exist, a read-only copy of `source`, durable; shared extents where the disk can."""
+    with source.open("rb") as reader, new_file(target, mode=0o444) as descriptor, naming(target):
+        try:
+            while os.copy_file_range(reader.fileno(), descriptor, _COPY_CHUNK_BYTES * 64):
+                pass
+        except OSError as error:
+            if error.errno not in {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}:
+                raise
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            reader.seek(0)
+            while chunk := reader.read(_COPY_CHUNK_BYTES):
+                write_all(descriptor, chunk)
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+@contextmanager
+def locked(path: Path, *, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[str | None]:
+    """Hold the lock file `path` if that can be had; yields None, or why not.
+
+    Never the ground of a promise: flock is missing on some shared file systems and per-host on others. It keeps order
+    and spares retries. The file is never removed, since a lock on a removed file excludes nobody.
+    """
+    import filelock
+
+    lock = filelock.FileLock(path, timeout=timeout_s, poll_interval=_LOCK_POLL_S, fallback_to_soft=False)
+    reason = None
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        reason = f"the lock {path} was held by another process for more than {timeout_s:g} s"
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", None)
+        if isinstance(error, OSError) and number not in _NO_LOCKS_HERE | {errno.EACCES, errno.EPERM}:
+            raise
+        reason = f"locks do not work at {path} ({error})"
+    try:
+        yield reason
+    finally:
+        lock.release()

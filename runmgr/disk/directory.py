@@ -1,0 +1,332 @@
+"""The run directory: its names, and creating it exactly once.
+
+::
+
+    <ckpt_root_dir>/<experiment_name>/
+    ├── .runmgr/                      create.lock, last_run_id/, launches/
+    └── RUN_20261123_153000_123456/   one run, see RunDirectory
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from runmgr.disk import atomic
+from runmgr.errors import InvalidInput, InvalidName, NotShared, RunError
+
+RUN_PREFIX = "RUN_"
+RUN_ID_FORMAT = "RUN_%Y%m%d_%H%M%S_%f"
+LATEST_NAME = "ckpt_latest.pth"
+BEST_NAME = "ckpt_best.pth"
+AVERAGE_NAME = "average_model.pth"
+_NAME_LIMIT_BYTES = 200
+_ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
+_PROJECT_MARKS = (".git", "pyproject.toml", "requirements.txt", ".env", "venv", "setup.py")
+_CLAIM_ATTEMPTS = 10_000
+
+
+def check_name(name: object, kind: str) -> str:
+    """Return `name` if it is safe as one path component and one word of output, else raise InvalidName."""
+    if not isinstance(name, str):
+        raise InvalidName(f"{kind} must be a string, not {type(name).__name__}", name=repr(name), kind=kind)
+    encoded = name.encode(errors="surrogateescape")
+    problem = None
+    if not name or name.isspace():
+        problem = "is empty"
+    elif len(encoded) > _NAME_LIMIT_BYTES:
+        problem = f"is {len(encoded)} bytes long; at most {_NAME_LIMIT_BYTES} fit"
+    elif "/" in name:
+        problem = "contains a slash, so it would leave its directory"
+    elif name[0] in ".-":
+        problem = f"starts with {name[0]!r}, which hides it or makes it look like an option"
+    elif any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 or char in "\u2028\u2029" for char in name):
+        problem = "contains a control character"
+    elif any(0xD800 <= ord(char) < 0xE000 for char in name):
+        problem = "is not valid Unicode"
+    if problem:
+        shown = ascii(name if len(name) <= 60 else name[:57] + "...")
+        raise InvalidName(
+            f"{kind} {shown} {problem}. Use letters, digits, '_', '-', '.', spaces or emoji.",
+            name=name,
+            kind=kind,
+        )
+    return name
+
+
+def default_root(start: Path | None = None) -> Path:
+    """Return `$RUNMGR_CKPT_ROOT_DIR`, else `checkpoints/` in the project that holds the launched script (or `start`).
+
+    A project is the nearest directory upwards with .git, pyproject.toml, requirements.txt, .env, venv or setup.py;
+    without one it is the working directory. Nothing is created.
+    """
+    if given := os.environ.get(_ROOT_VARIABLE):
+        return Path(given).expanduser().absolute()
+    if start is None:
+        script = Path(sys.argv[0]) if sys.argv and sys.argv[0] not in {"", "-c", "-m"} else Path.cwd() / "script"
+        start = script.resolve().parent
+    for directory in (start, *start.parents):
+        if any((directory / mark).exists() for mark in _PROJECT_MARKS):
+            return directory / "checkpoints"
+    return Path.cwd() / "checkpoints"
+
+
+def resolve_root(ckpt_root_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the absolute root: the one given, else the default one."""
+    if ckpt_root_dir is None:
+        return default_root()
+    text = os.fspath(ckpt_root_dir)
+    if not text or "\0" in text:
+        raise InvalidInput(f"ckpt_root_dir={text!r} is not a path; give a directory, or None for the default one")
+    return Path(text).expanduser().absolute()
+
+
+class Experiment(NamedTuple):
+    """A named recipe's directory, which holds its runs."""
+
+    root: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Where the runs lie."""
+        return self.root / self.name
+
+    @property
+    def lock_path(self) -> Path:
+        """The file whose lock keeps new runs in order."""
+        return self.path / ".runmgr" / "create.lock"
+
+    @property
+    def last_run_id_path(self) -> Path:
+        """A directory of empty files, each named by a run id; the greatest is the last one given out."""
+        return self.path / ".runmgr" / "last_run_id"
+
+    @property
+    def launches_path(self) -> Path:
+        """Which run a launch made: files `<key>.<n>` that hold a run id."""
+        return self.path / ".runmgr" / "launches"
+
+    def run(self, run_id: str) -> RunDirectory:
+        """Return the directory of one run, there or not."""
+        return RunDirectory(self.path / run_id)
+
+
+class RunDirectory(NamedTuple):
+    """Every name in a run directory, once."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The directory's own name."""
+        return self.path.name
+
+    @property
+    def record_path(self) -> Path:
+        """run.json: what, when, where, by whom, status."""
+        return self.path / "run.json"
+
+    @property
+    def config_path(self) -> Path:
+        """config.json: the configuration of attempt 1."""
+        return self.path / "config.json"
+
+    @property
+    def private_path(self) -> Path:
+        """The part that is ours alone."""
+        return self.path / ".runmgr"
+
+    @property
+    def objects_path(self) -> Path:
+        """Where the checkpoint files lie under their own names."""
+        return self.private_path / "checkpoints"
+
+    @property
+    def attempts_path(self) -> Path:
+        """Where each attempt keeps its record."""
+        return self.private_path / "attempts"
+
+    @property
+    def lease_path(self) -> Path:
+        """The live writer's mark."""
+        return self.private_path / "lease"
+
+    @property
+    def token_path(self) -> Path:
+        """A word that only the launch that made the run knows."""
+        return self.private_path / "token"
+
+    @property
+    def manifest_path(self) -> Path:
+        """A summary of the attempts' records for readers; derived, never read back."""
+        return self.private_path / "manifest.json"
+
+    def attempt_path(self, attempt: int) -> Path:
+        """Return the record of one attempt."""
+        return self.attempts_path / f"{attempt:04d}.json"
+
+    def sync(self) -> None:
+        """Make the skeleton durable, from the checkpoints' directory up to the root: once, before the first save."""
+        for directory in (
+            self.objects_path,
+            self.private_path,
+            self.path,
+            self.path.parent,
+            self.path.parent.parent,
+        ):
+            atomic.sync_directory(directory)
+
+    def log_path(self, started: str, rank: int) -> Path:
+        """Return one rank's log file in the attempt that began at `started`."""
+        return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
+
+
+def timestamp(now_us: int) -> str:
+    """Write microseconds since 1970 the way run ids and log names do, in UTC."""
+    return _moment(now_us).strftime(RUN_ID_FORMAT.removeprefix(RUN_PREFIX))
+
+
+def now_us() -> int:
+    """Return this host's clock, in microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def is_run_id(name: str) -> bool:
+    """Whether `name` looks like a run directory's, ours or super-gradients'."""
+    return name.startswith(RUN_PREFIX)
+
+
+def create_run(experiment: Experiment, token: str) -> tuple[RunDirectory, str | None]:
+    """Create the next run of `experiment` and put `token` in it; also returns why the lock could not be had, or None.
+
+    The id is greater than that of every run whose creation had ended before this call, on any host and whatever the
+    clocks say. Rivals never share a directory: `os.mkdir` is the claim, the lock only keeps order. Nothing is synced
+    here: there is nothing to lose yet, and `RunDirectory.sync` comes before the first save.
+    """
+    experiment.last_run_id_path.mkdir(parents=True, exist_ok=True)
+    with atomic.locked(experiment.lock_path) as without_lock:
+        run = _claim(experiment)
+        try:
+            _mark_last(experiment, run.run_id)
+        except BaseException:
+            remove_unused(run)
+            raise
+    try:
+        for directory in (run.private_path, run.objects_path, run.attempts_path):
+            directory.mkdir()
+        run.token_path.write_text(token)
+    except BaseException:
+        remove_unused(run)
+        raise
+    return run, without_lock
+
+
+def _claim(experiment: Experiment) -> RunDirectory:
+    last = _last_us(experiment)
+    candidate = max(now_us(), last + 1)
+    for _ in range(_CLAIM_ATTEMPTS):
+        run = experiment.run(RUN_PREFIX + timestamp(candidate))
+        try:
+            os.mkdir(run.path)  # the claim itself, without any exist_ok
+        except FileExistsError:
+            candidate += 1
+        except PermissionError:  # sshfs says EPERM to the loser of a race
+            if not run.path.exists():
+                raise
+            candidate += 1
+        else:
+            return run
+    raise RunError(
+        f"{_CLAIM_ATTEMPTS} run ids in a row from {RUN_PREFIX + timestamp(candidate - _CLAIM_ATTEMPTS)} were taken in "
+        f"{experiment.path}; is its clock or file system stuck?"
+    )
+
+
+def _last_us(experiment: Experiment) -> int:
+    """Return the greatest id given out, in microseconds; lists the runs only when no mark is there yet."""
+    names = os.listdir(experiment.last_run_id_path) or os.listdir(experiment.path)
+    run_ids = [name for name in names if is_run_id(name)]
+    while run_ids:  # one round, but for names that only look like run ids
+        greatest = max(run_ids)
+        if (moment := _parse(greatest)) is not None:
+            return moment
+        run_ids.remove(greatest)
+    return 0
+
+
+def _mark_last(experiment: Experiment, run_id: str) -> None:
+    """Say that `run_id` was given out, then clear away the marks of smaller ids.
+
+    A mark is removed only by somebody who saw a greater one, so the greatest always stays, with or without the lock.
+    """
+    marks = experiment.last_run_id_path
+    (marks / run_id).touch()
+    *smaller, _ = sorted(name for name in os.listdir(marks) if is_run_id(name))
+    for name in smaller:
+        atomic.remove(marks / name)
+
+
+def _moment(us: int) -> datetime:
+    seconds, rest = divmod(us, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
+
+
+def _parse(run_id: str) -> int | None:
+    """Return the microseconds in a run id, or None when it is somebody else's name."""
+    try:
+        moment = datetime.strptime(run_id, RUN_ID_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    return int(moment.replace(microsecond=0).timestamp()) * 1_000_000 + moment.microsecond
+
+
+def confirm_shared(run: RunDirectory, token: str, *, host: str, timeout_s: float = 60.0) -> None:
+    """Check from this host that `run` is the very directory that rank 0 made, else raise NotShared.
+
+    `mkdir` asks the file server, which a stat may not: EEXIST means that the directory is there, and its token tells
+    whose it is; success means that this host has a disk of its own, and the directory is removed again.
+    """
+    try:
+        os.mkdir(run.path)  # the question itself
+    except (FileExistsError, PermissionError):
+        pass
+    except FileNotFoundError:
+        raise _not_shared(run, host, "its parent directory does not exist there") from None
+    else:
+        run.path.rmdir()
+        raise _not_shared(run, host, "the directory was missing there")
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.001
+    while True:
+        found = None
+        with contextlib.suppress(OSError):  # a lagging view: ask again until the deadline
+            found = run.token_path.read_text()
+        if found == token:
+            return
+        if time.monotonic() > deadline:
+            raise _not_shared(run, host, f"the directory there holds {'another' if found else 'no'} token")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
+
+
+def _not_shared(run: RunDirectory, host: str, found: str) -> NotShared:
+    return NotShared(
+        f"host {host} does not see the run directory {run.path} that rank 0 made: {found}. All hosts of a launch need "
+        f"one shared file system; choose ckpt_root_dir (or ${_ROOT_VARIABLE}) on it.",
+        host=host,
+        path=str(run.path),
+    )
+
+
+def remove_unused(run: RunDirectory) -> None:
+    """Take back a run that was created a moment ago and in which nothing has been saved."""
+    import shutil
+
+    with contextlib.suppress(OSError):  # what cannot be removed is an empty run, and stays one
+        shutil.rmtree(run.path)

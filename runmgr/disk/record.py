@@ -1,0 +1,209 @@
+"""run.json, the attempts' records, the lease, and the status they add up to."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from runmgr.disk import atomic
+from runmgr.errors import RunBusy, RunError, Superseded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from runmgr.disk.directory import RunDirectory
+
+FORMAT = 1
+STATUSES = ("running", "completed", "failed", "interrupted", "preempted")
+LEASE_S = 30.0
+_HEARTBEAT_S = 5.0
+_LOST_AFTER_S = 2 * LEASE_S
+
+
+def now_text() -> str:
+    """Return the time in UTC, as ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in `path`, or None when there is none that can be read."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def attempt_numbers(run: RunDirectory) -> list[int]:
+    """Return the attempts that this run has had, in order; a listing, so that the file server answers."""
+    try:
+        names = os.listdir(run.attempts_path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
+
+
+class Attempt:
+    """One start of the processes on a run; its own record, written by its rank 0 alone."""
+
+    def __init__(self, run: RunDirectory, number: int, content: dict[str, Any]) -> None:
+        self.run = run
+        self.number = number
+        self.content = content
+
+    @classmethod
+    def begin(cls, run: RunDirectory, facts: dict[str, Any]) -> Attempt:
+        """Take the next number by exclusive create; from then on every earlier attempt is superseded.
+
+        `accepts` in the record, filled in next, says up to which sequence number each earlier attempt is believed:
+        what a late one adds after that is read by nobody.
+        """
+        number = max(attempt_numbers(run), default=0) + 1
+        content = {
+            "format": FORMAT,
+            "attempt": number,
+            "status": "running",
+            "started": now_text(),
+            "ended": None,
+            "error": None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "accepts": None,
+            **facts,
+            "checkpoints": [],
+        }
+        try:
+            atomic.create_bytes(run.attempt_path(number), atomic.dump_json(content))
+        except FileExistsError:
+            raise RunError(
+                f"another process took attempt {number} of {run.path} at the same moment; start again"
+            ) from None
+        return cls(run, number, content)
+
+    def write(self) -> None:
+        """Replace the record on disk by the one in memory, durably."""
+        atomic.write_json(self.run.attempt_path(self.number), self.content)
+
+    def check_newest(self) -> None:
+        """Raise Superseded when a newer attempt owns the run."""
+        newest = max(attempt_numbers(self.run), default=self.number)
+        if newest > self.number:
+            raise Superseded(
+                f"attempt {newest} has taken over run {self.run.run_id}; attempt {self.number} (this process, "
+                f"{socket.gethostname()} pid {os.getpid()}) stops writing to it",
+                run_id=self.run.run_id,
+                attempt=self.number,
+                newer=newest,
+            )
+
+
+class RunRecord:
+    """run.json: small, replaced atomically, written by rank 0 of the newest attempt."""
+
+    def __init__(self, run: RunDirectory, content: dict[str, Any]) -> None:
+        self.run = run
+        self.content = content
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> RunRecord:
+        """Read the record; a missing or damaged one is empty, and unknown fields of a later version are kept."""
+        return cls(run, read_json(run.record_path) or {})
+
+    def update(self, **changes: Any) -> None:
+        """Change fields and replace the file."""
+        self.content.update(changes)
+        atomic.write_json(self.run.record_path, self.content)
+
+
+class Lease:
+    """The mark of the run's live writer: refreshed every 5 s, expired after 30 s, across hosts."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        import filelock
+
+        self.run = run
+        self._lease = filelock.SoftFileLease(
+            run.lease_path, lease_duration=LEASE_S, heartbeat_interval=_HEARTBEAT_S, thread_local=False
+        )
+
+    def acquire(self, *, takes_over: bool) -> None:
+        """Become the live writer, or raise RunBusy as soon as the present one shows that it is alive.
+
+        A holder that is provably dead on this host is replaced at once, and so is any with `takes_over` (a restart of
+        the same launch). Anybody else's mark counts until it was unchanged for a whole lease of our own clock.
+        """
+        import filelock
+
+        if takes_over:
+            atomic.remove(self.run.lease_path)
+        changed = _watch(self.run.lease_path)
+        try:
+            self._lease.acquire(timeout=LEASE_S + 2 * _HEARTBEAT_S, poll_interval=0.05, cancel_check=changed)
+        except filelock.Timeout:
+            holder, age_s = holder_of(self.run), lease_age_s(self.run) or 0.0
+            raise RunBusy(
+                f"run {self.run.run_id} is being trained by {holder}, seen alive {age_s:.0f} s ago. Wait for it to "
+                f"end, stop it, or branch off with fork_from={self.run.run_id!r} (a new run from its checkpoint).",
+                run_id=self.run.run_id,
+                holder=holder,
+                age_s=age_s,
+            ) from None
+
+    def release(self) -> None:
+        """Give the run free; harmless when it was lost meanwhile."""
+        self._lease.release()
+
+
+def _watch(path: Path) -> Callable[[], bool]:
+    def stamp() -> int | None:
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return None
+
+    first = stamp()
+    return lambda: first is not None and stamp() not in {first, None}
+
+
+def holder_of(run: RunDirectory) -> str:
+    """Name the process that began the newest attempt."""
+    newest = max(attempt_numbers(run), default=0)
+    record = read_json(run.attempt_path(newest)) or {}
+    return f"pid {record.get('pid', '?')} on host {record.get('host', '?')} (attempt {newest})"
+
+
+def lease_age_s(run: RunDirectory) -> float | None:
+    """Return how long ago the live writer's mark was refreshed, as far as clocks agree; None without a mark."""
+    try:
+        return max(0.0, time.time() - run.lease_path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def status_of(run: RunDirectory, record: dict[str, Any]) -> str:
+    """Return the run's status; `lost` (a hint) when it says running but its writer shows no sign of life."""
+    status = record.get("status")
+    if status != "running":
+        return status if isinstance(status, str) else "unknown"
+    age_s = lease_age_s(run)
+    if age_s is None or age_s > _LOST_AFTER_S:
+        return "lost"
+    newest = read_json(run.attempt_path(max(attempt_numbers(run), default=0))) or {}
+    if newest.get("host") == socket.gethostname() and not _is_alive(newest.get("pid")):
+        return "lost"
+    return "running"
+
+
+def _is_alive(pid: object) -> bool:
+    try:
+        os.kill(int(str(pid)), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        return True
+    return True

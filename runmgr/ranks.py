@@ -1,0 +1,93 @@
+"""Who am I: rank, world size, host and launch, read from the environment that the launcher set.
+
+The first pair of variables that is complete wins:
+
+=====================  ==========================  =========================
+launcher               rank                        world size
+=====================  ==========================  =========================
+torchrun, or by hand   RANK                        WORLD_SIZE
+srun                   SLURM_PROCID                SLURM_STEP_NUM_TASKS
+mpirun (Open MPI)      OMPI_COMM_WORLD_RANK        OMPI_COMM_WORLD_SIZE
+mpiexec (PMI)          PMI_RANK                    PMI_SIZE
+=====================  ==========================  =========================
+
+A process group that is initialised knows better than any of them; see `worker/agreement.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+from runmgr.errors import AgreementError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PAIRS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+_NO_IDENTITY = ("", "none")
+
+
+class Ranks(NamedTuple):
+    """One process's place in its launch. `source` names the variables (or the group) that said so."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    source: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes."""
+        return self.rank == 0
+
+
+def from_environment(environ: Mapping[str, str] = os.environ) -> Ranks:
+    """Read this process's place; alone when no launcher left a trace, an error when a launcher left half of one."""
+    host = socket.gethostname()
+    for rank_name, size_name, local_name in _PAIRS:
+        if rank_name in environ and size_name in environ:
+            rank, size = _number(environ, rank_name), _number(environ, size_name)
+            if not 0 <= rank < size:
+                raise AgreementError(
+                    f"{rank_name}={rank} and {size_name}={size} contradict each other: a rank is at least 0 and "
+                    f"smaller than the world size. Start through torchrun, or set both."
+                )
+            local_rank = _number(environ, local_name) if local_name in environ else 0
+            return Ranks(rank, size, local_rank, host, f"{rank_name} and {size_name}")
+    for rank_name, size_name, _ in _PAIRS:
+        if size_name in environ and _number(environ, size_name) > 1:
+            raise AgreementError(
+                f"{size_name}={environ[size_name]} is set but {rank_name} is not, so this process cannot know its "
+                f"rank. Start through torchrun, set {rank_name}, or unset {size_name}."
+            )
+    return Ranks(0, 1, 0, host, "no launcher")
+
+
+def agent_store_address(environ: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
+    """Where the torchrun agent's own store listens, or None when torchrun did not start this process."""
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "MASTER_ADDR" not in environ:
+        return None
+    return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
+
+
+def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The name that the user gave to this launch, the same in each of its restarts, or None."""
+    given = environ.get("RUNMGR_LAUNCH_ID", "")
+    return None if given in _NO_IDENTITY else given
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise AgreementError(
+            f"{name}={environ.get(name)!r} is not a whole number; launchers set it, so look for the script that overwrites it."
+        ) from None

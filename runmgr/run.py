@@ -1,0 +1,366 @@
+"""Run: the one place where the parts meet. `start_run` in `start.py` makes it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from runmgr.disk import checkpoints, directory
+from runmgr.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, RankFailed, RunError
+from runmgr.worker import agreement as agreements
+from runmgr.worker import logs, preemption, saving
+from runmgr.worker import state as states
+from runmgr.worker.averaging import Average, BestAverage
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from runmgr.disk.record import Attempt, Lease, RunRecord
+    from runmgr.worker.agreement import Agreement
+
+SaveErrorPolicy = Literal["raise", "warn"]
+_FAILURES_UNTIL_RAISE = 3
+_SHORT_NAMES = {
+    "latest": directory.LATEST_NAME,
+    "best": directory.BEST_NAME,
+    "average": directory.AVERAGE_NAME,
+}
+
+
+class Progress(NamedTuple):
+    """How far a training has come: `epoch` finished epochs, `step` finished steps, and what was saved with them.
+
+    `values` holds the plain values of the state by their keys; `checkpoint` is the file that was loaded, None when
+    the run is fresh.
+    """
+
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    values: dict[str, Any]
+    checkpoint: Path | None
+
+
+class Writer(NamedTuple):
+    """What only rank 0 holds of an open run."""
+
+    shelf: checkpoints.Shelf
+    attempt: Attempt
+    record: RunRecord
+    lease: Lease
+
+
+class Run:
+    """An open run. Made by `start_run`, left through `with` or `finish()`.
+
+    The attributes are plain and never collective. Methods say who must call them.
+    """
+
+    def __init__(
+        self,
+        run: directory.RunDirectory,
+        agreement: Agreement,
+        writer: Writer | None,
+        *,
+        attempt: int,
+        resumed: bool,
+        config: dict[str, Any],
+        started: str,
+        on_save_error: SaveErrorPolicy,
+        on_closed: Callable[[], None],
+    ) -> None:
+        self.run_id = run.run_id
+        self.run_dir = run.path
+        self.experiment_name = run.path.parent.name
+        self.rank = agreement.ranks.rank
+        self.world_size = agreement.ranks.world_size
+        self.is_main = agreement.ranks.is_main
+        self.attempt = attempt
+        self.resumed = resumed
+        self.config = config
+        self._agreement = agreement
+        self._writer = writer
+        self._on_save_error = on_save_error
+        self._on_closed = on_closed
+        self._logs = logs.Logs(run.log_path(started, self.rank), on_console=self.is_main)
+        self.logger: logging.Logger = self._logs.logger
+        self.log_handler: logging.Handler = self._logs.handler
+        self.tensorboard = logs.TensorBoard(run.path) if self.is_main else logs.NoTensorBoard()
+        self._saver = saving.Saver(writer.shelf, self.run_id, self.logger) if writer else None
+        self._preemption = preemption.Preemption()
+        self._must_restore = False
+        self._was_stopped = False
+        self._failed_saves = 0
+        self._pid = os.getpid()
+        self._is_open = True
+        atexit.register(self._finish_at_exit)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.run_id} of {self.experiment_name!r}, attempt {self.attempt}, rank {self.rank}/{self.world_size}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the run with the status that fits; no rank waits for another here."""
+        self._finish(self._status_after(kind), error)
+
+    def path(self, name: str) -> Path:
+        """Return a file's place in the run directory; "latest", "best" and "average" stand for their checkpoints."""
+        return self.run_dir / directory.check_name(_SHORT_NAMES.get(name, name), "file name")
+
+    def log_scalars(self, scalars: Mapping[str, Any], *, step: int) -> None:
+        """Write scalars to TensorBoard at `step`. Any rank may call; only rank 0's values are written."""
+        if self.is_main:
+            for name, value in saving.plain_metrics(scalars).items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def save(
+        self,
+        state: Mapping[str, Any],
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        block: bool = True,  # noqa: ARG002  # the write is always waited for so far, which keeps every promise but speed
+    ) -> saving.SaveHandle:
+        """Save `state`, durable on return, as latest, and as best when the monitored metric in `metrics` is the best.
+
+        Every rank. `epoch` counts finished epochs, `step` finished steps; give one or both. The file holds the keys
+        of `state` (modules bare, with full state dicts) and epoch, step, metrics, run_id and the random-number states
+        of all ranks. If it fails on any rank it raises the same error on all, and the previous checkpoint is intact.
+        """
+        self._check_open()
+
+        def contribute() -> dict[str, str]:
+            self._check_save(state, epoch, step)
+            saving.plain_metrics(metrics)
+            return states.rng_state()
+
+        committed: list[checkpoints.Checkpoint] = []
+
+        def decide(rng: list[dict[str, str]]) -> None:
+            assert self._saver is not None
+            self.tensorboard.flush()
+            found = self._saver.save(state, epoch=epoch, step=step, metrics=saving.plain_metrics(metrics), rng=rng)
+            committed.append(found)
+
+        what = f"save a checkpoint in {self.run_dir}"
+        try:
+            self._agreement.agree(what, decide, contribute)
+        except RankFailed as error:
+            self._failed_saves += 1
+            if self._on_save_error == "raise" or self._failed_saves >= _FAILURES_UNTIL_RAISE:
+                raise
+            self.logger.warning("%s; training goes on with the previous checkpoint", error)
+        else:
+            self._failed_saves = 0
+        return saving.SaveHandle(committed[0] if committed else None)
+
+    def restore(self, state: Mapping[str, Any], name: str = "latest") -> Progress:
+        """Load a checkpoint into the objects of `state` and continue the random numbers; say how far it had come.
+
+        Every rank. Rank 0 chooses for all: "latest" falls back to the next older good checkpoint, with a warning; any
+        other name ("best", "ckpt_epoch_10.pth") is loaded exactly. In a fresh run nothing happens. A key of `state`
+        that the checkpoint lacks is an error, further keys in the file are ignored.
+        """
+        self._check_open()
+        chosen = self._agreement.agree(f"choose a checkpoint of {self.run_dir}", lambda _: self._choose(name))
+        if chosen is None:
+            self._must_restore = False
+            return Progress(0, 0, {}, {}, None)
+        path, renamed = Path(chosen["path"]), chosen["renamed"]
+        loaded: dict[str, Any] = {}
+
+        def load() -> None:
+            loaded.update(saving.load_file(path))
+            values = states.restore(state, loaded)
+            for average in state.values():
+                if isinstance(average, BestAverage):
+                    average.locate(lambda member: path.parent / renamed.get(member, member))
+            loaded["values"] = values
+            self._continue_random_numbers(loaded.get("rng", []))
+
+        self._agreement.agree(f"load {path}", lambda _: None, load)
+        self._must_restore = False
+        progress = Progress(
+            loaded.get("epoch") or 0,
+            loaded.get("step") or 0,
+            loaded.get("metrics") or {},
+            loaded["values"],
+            path,
+        )
+        if isinstance(self.tensorboard, logs.TensorBoard):
+            self.tensorboard.resume_after(progress.step)
+            self.logger.info("restored %s: epoch %d, step %d", chosen["shown"], progress.epoch, progress.step)
+        return progress
+
+    def load(self, name_or_path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+        """Load one file and return what it holds; a name means this run's. "cuda" means this rank's device. Any rank."""
+        is_name = isinstance(name_or_path, str) and "/" not in name_or_path
+        path = self.path(str(name_or_path)) if is_name else Path(name_or_path)
+        if not path.exists():
+            raise CheckpointNotFound(f"there is no {path}", path=str(path))
+        if map_location == "cuda":
+            map_location = f"cuda:{self._agreement.ranks.local_rank}"
+        return saving.load_file(path, map_location=map_location)
+
+    def save_average(self, average: Average) -> Path:
+        """Write the average as `average_model.pth`: {"net": …, "members": …}, durable on return. Every rank."""
+        self._check_open()
+
+        def decide(_: list[Any]) -> None:
+            assert self._saver is not None
+            self._saver.save_average(average)
+
+        self._agreement.agree(f"save the average in {self.run_dir}", decide)
+        return self.path("average")
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop (SIGTERM, SIGUSR1, SIGUSR2); the same answer on all.
+
+        Every rank, equally often, from the main thread. The first call installs the signal handlers.
+        """
+        self._check_open()
+        self._preemption.watch()
+        received = self._agreement.agree(
+            "ask whether to stop",
+            lambda signals: next(filter(None, signals), None),
+            lambda: self._preemption.received,
+        )
+        if received is not None and not self._was_stopped:
+            self._was_stopped = True
+            if self.is_main:
+                self.logger.warning("stopping: a rank received %s", received)
+        return received is not None
+
+    def wait(self) -> None:
+        """Return when every save is durable. Every rank."""
+        self._check_open()
+
+    def finish(self) -> None:
+        """End the run as completed (or preempted, after should_stop() said True). Any rank, not collective."""
+        self._finish(self._status_after(None), None)
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise RunError(f"run {self.run_id} has ended; start_run(…, run_id={self.run_id!r}) opens it again")
+
+    def _check_save(self, state: Mapping[str, Any], epoch: int | None, step: int | None) -> None:
+        states.check_keys(state)
+        for name, value in (("epoch", epoch), ("step", step)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise InvalidInput(f"{name}={value!r} must be a whole number of finished {name}s, at least 0")
+        if epoch is None and step is None:
+            raise InvalidInput("save() needs epoch= or step= (or both), so that the checkpoint can be told from others")
+        if self._must_restore:
+            raise InvalidInput(
+                f"run {self.run_id} has checkpoints, and saving before run.restore(state) would hide them behind a "
+                f"training that starts from nothing; call restore() first, or start_run(…, resume='never')"
+            )
+        if self._writer is not None and self._writer.shelf.monitor is not None:
+            mode = self._writer.shelf.mode
+            for key, average in state.items():
+                if isinstance(average, BestAverage) and average.mode != mode:
+                    raise InvalidInput(
+                        f"state[{key!r}] is a BestAverage with mode={average.mode!r}, but the run's mode is {mode!r}; "
+                        f"give both the same"
+                    )
+
+    def _choose(self, name: str) -> dict[str, Any] | None:
+        """Pick the checkpoint to restore. Rank 0 only."""
+        assert self._writer is not None
+        shelf = self._writer.shelf
+        if name != "latest":
+            public = self.path(name)
+            entry = shelf.named(public.name)
+            if entry is not None:
+                checkpoints.verify(shelf.run, entry)
+                return _chosen(shelf, entry)
+            if public.exists():
+                return {"path": str(public), "shown": public.name, "renamed": {}}
+            there = sorted({found for known in shelf.checkpoints for found in known.names})
+            raise CheckpointNotFound(f"run {self.run_id} has no {public.name}; it has {there}", path=str(public))
+        rejected = []
+        for entry in reversed(shelf.checkpoints):
+            try:
+                checkpoints.verify(shelf.run, entry)
+            except (CheckpointCorrupt, OSError) as error:
+                rejected.append(str(error))
+                self.logger.warning("not restoring %s: %s", entry.object_name, error)
+            else:
+                return _chosen(shelf, entry)
+        if rejected:
+            raise CheckpointCorrupt(
+                f"none of the {len(rejected)} checkpoints of {self.run_dir} is whole: " + "; ".join(rejected),
+                path=str(self.run_dir),
+                reason="none is whole",
+            )
+        foreign = self.path("latest")  # saved by another program, such as super-gradients
+        return {"path": str(foreign), "shown": foreign.name, "renamed": {}} if foreign.exists() else None
+
+    def _continue_random_numbers(self, rng: list[dict[str, str]]) -> None:
+        if self.rank < len(rng):
+            states.restore_rng(rng[self.rank])
+        elif rng:
+            self.logger.warning(
+                "the checkpoint has random-number states of %d ranks, none for this one; it goes on with its own",
+                len(rng),
+            )
+
+    def _status_after(self, kind: type[BaseException] | None) -> str:
+        if kind is None:
+            return "preempted" if self._was_stopped else "completed"
+        return "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+
+    def _finish_at_exit(self) -> None:
+        kind = getattr(sys, "last_type", None)
+        if os.getpid() == self._pid:
+            self._finish(self._status_after(kind), getattr(sys, "last_value", None))
+
+    def _finish(self, status: str, error: BaseException | None) -> None:
+        """Write the status and give everything back; the run's own troubles never hide the training's error."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        atexit.unregister(self._finish_at_exit)
+        self._preemption.close()
+        agreements.forget(self._agreement)
+        try:
+            self.tensorboard.close()
+            if self._writer is not None:
+                _write_end(self._writer, status, error)
+                self.logger.info("run %s: %s", self.run_id, status)
+        except (OSError, RunError) as trouble:
+            self.logger.error("the end of run %s could not be recorded: %s", self.run_id, trouble)  # noqa: TRY400
+            if error is None:
+                raise
+        finally:
+            if self._writer is not None:
+                self._writer.lease.release()
+            self._logs.close()
+            self._on_closed()
+
+
+def _chosen(shelf: checkpoints.Shelf, entry: checkpoints.Checkpoint) -> dict[str, Any]:
+    shown = f"{entry.object_name} ({', '.join(entry.names) or 'no public name'})"
+    return {"path": str(entry.path_in(shelf.run)), "shown": shown, "renamed": entry.renamed}
+
+
+def _write_end(writer: Writer, status: str, error: BaseException | None) -> None:
+    from runmgr.disk.record import now_text
+
+    ended: dict[str, Any] = {"status": status, "ended": now_text(), "error": None}
+    if error is not None:
+        ended["error"] = {"type": type(error).__name__, "message": str(error)}
+    writer.attempt.content.update(ended)
+    writer.attempt.write()
+    writer.attempt.check_newest()
+    writer.record.update(**ended)

@@ -1,0 +1,417 @@
+"""start_run: one launch, one run. Which run a launch continues is decided here, on rank 0, for all ranks."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from runmgr.disk import atomic, catalog, checkpoints, provenance, record
+from runmgr.disk import directory as directories
+from runmgr.disk.directory import Experiment, RunDirectory
+from runmgr.errors import InvalidInput, RunError, RunNotFound
+from runmgr.run import Run, SaveErrorPolicy, Writer
+from runmgr.worker import agreement as agreements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from runmgr.disk.checkpoints import Keep, Mode
+    from runmgr.worker.agreement import Agreement
+
+Resume = Literal["auto", "latest", "never"]
+_RESUMES = ("auto", "latest", "never")
+
+_open_run: Run | None = None
+_starts: dict[Experiment, int] = {}
+
+
+class _Request(NamedTuple):
+    """The arguments of `start_run`, checked."""
+
+    experiment: Experiment
+    config: dict[str, Any]
+    masked: list[str]
+    resume: Resume
+    run_id: str | None
+    fork_from: str | None
+    monitor: str | None
+    mode: Mode
+    keep: Keep
+    tags: tuple[str, ...]
+
+
+class _Choice(NamedTuple):
+    """The run to open: a new one, or an earlier one that this launch may take over at once."""
+
+    run: RunDirectory
+    is_new: bool
+    takes_over: bool = False
+    without_lock: str | None = None
+
+
+def start_run(
+    experiment_name: str,
+    *,
+    ckpt_root_dir: str | os.PathLike[str] | None = None,
+    config: Any = None,
+    resume: Resume = "auto",
+    run_id: str | None = None,
+    fork_from: str | os.PathLike[str] | None = None,
+    monitor: str | None = None,
+    mode: Mode = "max",
+    keep: Keep | None = None,
+    on_save_error: SaveErrorPolicy = "raise",
+    tags: Iterable[str] = (),
+    timeout_s: float = 300.0,
+) -> Run:
+    """Open this launch's run: one directory `<ckpt_root_dir>/<experiment_name>/<run_id>/` for all its ranks.
+
+    Every rank, before or after `init_process_group`; creates no CUDA context. If anything fails on any rank, every
+    rank raises the same error, and nothing is left behind.
+
+    ckpt_root_dir  where experiments lie; default $RUNMGR_CKPT_ROOT_DIR, else `checkpoints/` in the script's project
+    config         Mapping, Namespace, dataclass or OmegaConf; goes to config.json with secrets masked
+    resume         "auto": a restart of this launch continues its run, otherwise a new one; "latest": the newest run
+                   that has a checkpoint (RunBusy if it is being trained), a new one if there is none; "never": new
+    run_id         continue exactly this run
+    fork_from      start a new run from a checkpoint: a run id of this experiment, or the path of a file
+    monitor, mode  the metric given to `save(metrics=…)` that decides what is best, and whether more or less is better
+    keep           which checkpoints stay, see Keep
+    on_save_error  "raise", or "warn" to train on with the previous checkpoint, up to three failures in a row
+    tags           words to find the run by
+    timeout_s      how long ranks wait for each other before the one that does not come is named
+    """
+    if _open_run is not None:
+        raise RunError(f"run {_open_run.run_id} is still open in this process; finish() it before starting another")
+    if not isinstance(timeout_s, (int, float)) or not math.isfinite(timeout_s) or timeout_s <= 0:
+        raise InvalidInput(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
+    agreement = agreements.connect(float(timeout_s))
+    requests: list[_Request] = []
+    writers: list[Writer] = []
+
+    def contribute() -> dict[str, Any]:
+        requests.append(
+            _check(
+                experiment_name,
+                ckpt_root_dir,
+                config,
+                resume,
+                run_id,
+                fork_from,
+                monitor,
+                mode,
+                keep,
+                on_save_error,
+                tags,
+            )
+        )
+        ranks = agreement.ranks
+        return {
+            "host": ranks.host,
+            "rank": ranks.rank,
+            "devices": provenance.devices() if ranks.local_rank == 0 else [],
+        }
+
+    def decide(places: list[dict[str, Any]]) -> dict[str, Any]:
+        answer, writer = _open(requests[0], places, timeout_s)
+        writers.append(writer)
+        return answer
+
+    try:
+        shown = Path(os.fspath(ckpt_root_dir)).absolute() if ckpt_root_dir else directories.default_root()
+        answer = agreement.agree(f"create a run of {experiment_name!r} in {shown}", decide, contribute)
+        run = RunDirectory(Path(answer["run_dir"]))
+        _confirm(agreement, run, answer)
+        return _opened(agreement, run, answer, requests[0], writers, on_save_error)
+    except BaseException:
+        for writer in writers:
+            _take_back(writer)
+        agreements.forget(agreement)
+        raise
+
+
+def _opened(  # noqa: PLR0917  # called once, above
+    agreement: Agreement,
+    run: RunDirectory,
+    answer: dict[str, Any],
+    request: _Request,
+    writers: list[Writer],
+    on_save_error: SaveErrorPolicy,
+) -> Run:
+    global _open_run  # noqa: PLW0603  # one open run a process
+    opened = Run(
+        run,
+        agreement,
+        writers[0] if writers else None,
+        attempt=answer["attempt"],
+        resumed=answer["resumed"],
+        config=request.config,
+        started=answer["started"],
+        on_save_error=on_save_error,
+        on_closed=_forget_open_run,
+    )
+    opened._must_restore = answer["has_checkpoints"]  # noqa: SLF001  # the two files are one part
+    _open_run = opened
+    if opened.is_main:
+        opened.logger.info(
+            "%s %s, attempt %d: %d ranks on %s", "resumed" if opened.resumed else "created", run.path, opened.attempt,
+            opened.world_size, ", ".join(answer["hosts"]),
+        )  # fmt: skip
+        if answer["without_lock"]:
+            opened.logger.warning(
+                "%s; the run id was claimed by mkdir alone, which is as safe but keeps no order among launches of the "
+                "same moment",
+                answer["without_lock"],
+            )
+    return opened
+
+
+def _forget_open_run() -> None:
+    global _open_run  # noqa: PLW0603  # as above
+    _open_run = None
+
+
+def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
+    experiment_name: str,
+    ckpt_root_dir: str | os.PathLike[str] | None,
+    config: Any,
+    resume: Resume,
+    run_id: str | None,
+    fork_from: str | os.PathLike[str] | None,
+    monitor: str | None,
+    mode: Mode,
+    keep: Keep | None,
+    on_save_error: SaveErrorPolicy,
+    tags: Iterable[str],
+) -> _Request:
+    directories.check_name(experiment_name, "experiment name")
+    for name, value, allowed in (
+        ("resume", resume, _RESUMES), ("mode", mode, ("max", "min")), ("on_save_error", on_save_error, ("raise", "warn")),
+    ):  # fmt: skip
+        if value not in allowed:
+            raise InvalidInput(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+    if run_id is not None:
+        directories.check_name(run_id, "run id")
+        if resume != "auto":
+            raise InvalidInput(
+                f"run_id={run_id!r} names the run to continue, so resume={resume!r} has no meaning; leave it out"
+            )
+    if fork_from is not None and (run_id is not None or resume == "latest"):
+        other = f"run_id={run_id!r}" if run_id is not None else "resume='latest'"
+        raise InvalidInput(f"fork_from starts a new run, {other} continues one; give one of them")
+    if isinstance(tags, str):
+        raise InvalidInput(f"tags={tags!r} must be a list of words, such as [{tags!r}]")
+    if keep is not None and not isinstance(keep, checkpoints.Keep):
+        raise InvalidInput(f"keep={keep!r} must be a runmgr.Keep, such as Keep(last=3, every_n_epochs=10)")
+    plain = provenance.plain_config(config)
+    return _Request(
+        Experiment(directories.resolve_root(ckpt_root_dir), experiment_name),
+        plain,
+        provenance.masked(plain)[1],
+        resume,
+        run_id,
+        None if fork_from is None else os.fspath(fork_from),
+        monitor,
+        mode,
+        keep or checkpoints.Keep(),
+        tuple(directories.check_name(tag, "tag") for tag in tags),
+    )
+
+
+def _open(request: _Request, places: list[dict[str, Any]], timeout_s: float) -> tuple[dict[str, Any], Writer]:
+    """Create or take over the run. Rank 0 only."""
+    experiment = request.experiment
+    _starts[experiment] = _starts.get(experiment, 0) + 1
+    key = agreements.launch_key(timeout_s)
+    launch_path = None
+    if key is not None:
+        launch_path = experiment.launches_path / f"{directories.check_name(key, 'launch id')}.{_starts[experiment]}"
+    choice = _choose(request, launch_path)
+    try:
+        writer = _become_writer(request, choice, places, key)
+    except BaseException:
+        if choice.is_new:
+            directories.remove_unused(choice.run)
+        raise
+    if choice.is_new and launch_path is not None:
+        launch_path.parent.mkdir(exist_ok=True)
+        atomic.write_bytes(launch_path, choice.run.run_id.encode())
+    hosts = {place["host"]: place["rank"] for place in reversed(places)}
+    answer = {
+        "run_dir": str(choice.run.path),
+        "attempt": writer.attempt.number,
+        "resumed": not choice.is_new,
+        "has_checkpoints": bool(writer.shelf.checkpoints),
+        "token": _token(choice.run),
+        "started": directories.timestamp(directories.now_us()),
+        "hosts": sorted(hosts),
+        "confirming": sorted(hosts.values()),
+        "without_lock": choice.without_lock,
+    }
+    return answer, writer
+
+
+def _choose(request: _Request, launch_path: Path | None) -> _Choice:
+    """Decide which run this launch opens."""
+    experiment = request.experiment
+    own = _run_of_launch(experiment, launch_path)
+    if request.run_id is not None:
+        run = experiment.run(request.run_id)
+        if not run.path.is_dir():
+            raise catalog.run_not_found(experiment, request.run_id)
+        return _Choice(run, is_new=False, takes_over=own == run)
+    if request.resume != "never" and own is not None:
+        return _Choice(own, is_new=False, takes_over=True)
+    if request.resume == "latest":
+        for run_id in catalog.run_ids(experiment):
+            run = experiment.run(run_id)
+            live = record.status_of(run, record.read_json(run.record_path) or {}) == "running"
+            if live or (run.path / directories.LATEST_NAME).exists():
+                return _Choice(run, is_new=False)
+    if request.fork_from is not None:
+        _fork_source(request)  # a wrong one must not leave a new run behind
+    run, without_lock = directories.create_run(experiment, secrets.token_hex(16))
+    return _Choice(run, is_new=True, without_lock=without_lock)
+
+
+def _run_of_launch(experiment: Experiment, launch_path: Path | None) -> RunDirectory | None:
+    """Return the run that an earlier start of this launch made, if there was one."""
+    if launch_path is None:
+        return None
+    try:
+        run = experiment.run(launch_path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return run if run.path.is_dir() else None
+
+
+def _become_writer(request: _Request, choice: _Choice, places: list[dict[str, Any]], key: str | None) -> Writer:
+    """Take the lease and the next attempt, and write down who runs what, where."""
+    run = choice.run
+    for directory in (run.private_path, run.objects_path, run.attempts_path):
+        directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
+    lease = record.Lease(run)
+    lease.acquire(takes_over=choice.takes_over)
+    try:
+        facts = provenance.collect()
+        hosts = _by_host(places)
+        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python")}
+        topology = {"world_size": len(places), "hosts": hosts, "launch": key}
+        attempt = record.Attempt.begin(run, brief | topology)
+        checkpoints.accept_predecessors(attempt)
+        run_record = record.RunRecord.read(run)
+        _check_mode(request, run_record)
+        shelf = checkpoints.Shelf(attempt, run_record, monitor=request.monitor, mode=request.mode, keep=request.keep)
+        shelf.sweep()
+        shelf.repair_names()
+        if choice.is_new:
+            atomic.write_json(run.config_path, provenance.masked(request.config)[0])
+            created = attempt.content["started"]
+            run_record.content.update(
+                format=record.FORMAT, run_id=run.run_id, experiment_name=request.experiment.name, created=created,
+                tags=list(request.tags), parent=None, masked=request.masked, latest=None, best=None, **facts,
+            )  # fmt: skip
+        run_record.update(
+            status="running", started=attempt.content["started"], ended=None, error=None, attempt=attempt.number,
+            monitor=request.monitor, mode=request.mode, **topology,
+        )  # fmt: skip
+        if choice.is_new and request.fork_from is not None:
+            _fork(request, shelf)
+    except BaseException:
+        lease.release()
+        raise
+    return Writer(shelf, attempt, run_record, lease)
+
+
+def _check_mode(request: _Request, run_record: record.RunRecord) -> None:
+    before = run_record.content
+    if before.get("monitor") is not None and (request.monitor, request.mode) != (
+        before["monitor"],
+        before.get("mode"),
+    ):
+        raise InvalidInput(
+            f"run {run_record.run.run_id} was started with monitor={before['monitor']!r}, mode={before.get('mode')!r}, now "
+            f"monitor={request.monitor!r}, mode={request.mode!r} are given: its best checkpoint would change its meaning. "
+            f"Give the same, or branch off with fork_from={run_record.run.run_id!r}."
+        )
+
+
+def _fork_source(request: _Request) -> tuple[Path, checkpoints.Checkpoint | None]:
+    """Find the file to branch off from, and its entry when one of our runs recorded it."""
+    given = str(request.fork_from)
+    parent = request.experiment.run(given) if "/" not in given else None
+    if parent is not None and parent.path.is_dir():
+        name = directories.LATEST_NAME
+    else:
+        path = Path(given).expanduser().absolute()
+        parent, name = (
+            RunDirectory(path.parents[2] if path.parent.name == "checkpoints" else path.parent),
+            path.name,
+        )
+    for entry in reversed(checkpoints.read_all(parent)):
+        if entry.kind == "checkpoint" and name in (*entry.names, entry.object_name):
+            return entry.path_in(parent), entry
+    path = parent.path / name
+    if not path.is_file():
+        raise RunNotFound(
+            f"fork_from={given!r} is neither a run of {request.experiment.path} with a checkpoint nor a file",
+            path=str(path),
+        )
+    return path, None
+
+
+def _fork(request: _Request, shelf: checkpoints.Shelf) -> None:
+    """Bring the parent's checkpoint and the members of its averages into the new run, and record where they came from."""
+    source, entry = _fork_source(request)
+    originals = (entry.renamed or {name: name for name in entry.members}) if entry else {}
+    lying = dict(enumerate(originals.values(), start=2))
+    renamed = {said: f"0000-{number:06d}.pth" for number, said in enumerate(originals, start=2)}
+    facts: dict[str, Any] = {"epoch": entry.epoch, "step": entry.step} if entry else {}
+    adopted = shelf.adopt(source, sequence=1, renamed=renamed, members=tuple(renamed.values()), **facts)
+    for number, name in lying.items():
+        shelf.adopt(source.parent / name, sequence=number, kind="member")
+    parent_path = source.parents[2] if entry else source.parent
+    shelf.run_record.update(parent={"run_id": parent_path.name, "path": str(source), "digest": adopted.digest})
+
+
+def _by_host(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    hosts: dict[str, dict[str, Any]] = {}
+    for place in places:
+        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "devices": []})
+        host["ranks"].append(place["rank"])
+        host["devices"] = host["devices"] or place["devices"]
+    return list(hosts.values())
+
+
+def _token(run: RunDirectory) -> str:
+    try:
+        token = run.token_path.read_text()
+    except FileNotFoundError:  # a run that another program made
+        token = ""
+    if not token:
+        token = secrets.token_hex(16)
+        atomic.write_bytes(run.token_path, token.encode())
+    return token
+
+
+def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) -> None:
+    """Let one rank of each host check that it sees the directory which rank 0 made."""
+
+    def look() -> None:
+        if agreement.ranks.rank in answer["confirming"]:
+            limit_s = min(60.0, agreement.timeout_s)
+            directories.confirm_shared(run, answer["token"], host=agreement.ranks.host, timeout_s=limit_s)
+
+    agreement.agree(f"see the run directory {run.path}", lambda _: None, look)
+
+
+def _take_back(writer: Writer) -> None:
+    """Undo a start that other ranks could not follow."""
+    writer.lease.release()
+    if writer.attempt.number == 1:
+        directories.remove_unused(writer.shelf.run)
+    else:
+        writer.record.update(status="failed", ended=record.now_text())

@@ -1,0 +1,340 @@
+"""Do it on one rank and give every rank the result, or the same error. Nobody hangs.
+
+How the ranks of a launch find each other, in this order:
+
+==============================  ===============================  ==========================================
+situation                       rank and world size from         exchange over
+==============================  ===============================  ==========================================
+process group initialised       the group                        the group's own store
+before `init_process_group`,    the environment                  the torchrun agent's store
+  under torchrun
+several ranks, neither of both  -                                AgreementError that says what to do
+alone                           -                                nothing
+==============================  ===============================  ==========================================
+
+Everything goes over a key-value store on the CPU, so that no device is needed, no collective can hang, and a rank that
+does not come can be named. The store outlives restarts and so do its keys: the ranks first agree on a session, by a
+handshake in which each believes only an answer to its own fresh nonce (see `_join`), and all later keys carry its name.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from runmgr import ranks as environment
+from runmgr.errors import AgreementError, RankFailed, RankTimeout, RunError, rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from runmgr.ranks import Ranks
+
+_BEAT_S = 5.0
+_GRACE_S = 2 * _BEAT_S
+_SILENCE_S = 60.0
+_LONGEST_PAUSE_S = 0.05
+_LAUNCH_KEY = "runmgr/launch"
+
+
+def current_ranks() -> Ranks:
+    """Return this process's place: an initialised process group knows best, else the environment says."""
+    found = environment.from_environment()
+    if dist.is_available() and dist.is_initialized():
+        return found._replace(rank=dist.get_rank(), world_size=dist.get_world_size(), source="the process group")
+    return found
+
+
+def connect(timeout_s: float) -> Agreement:
+    """Join the other ranks of this launch. Every rank; raises RankTimeout that names who is missing."""
+    global _shared  # noqa: PLW0603  # averages work with and without a run, so this belongs to the process
+    _shared = _connect(timeout_s)
+    return _shared
+
+
+def shared(timeout_s: float = 300.0) -> Agreement:
+    """Return the agreement that the open run uses, or join now. Every rank."""
+    return _shared or connect(timeout_s)
+
+
+def forget(agreement: Agreement) -> None:
+    """Let the next `shared()` join anew: the run that used this agreement has ended."""
+    global _shared  # noqa: PLW0603  # as above
+    if _shared is agreement:
+        _shared = None
+
+
+def _connect(timeout_s: float) -> Agreement:
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return Agreement(ranks, None, "", timeout_s)
+    store = _group_store() or _agent_store(timeout_s)
+    if store is None:
+        raise AgreementError(
+            f"{ranks.source} say that {ranks.world_size} ranks run, but rank {ranks.rank} on {ranks.host} has no way "
+            f"to speak with the others. Call torch.distributed.init_process_group() before runmgr.start_run(), or start "
+            f"the script with torchrun; if this process is alone, unset the variables."
+        )
+    with _store_errors(ranks):
+        session = _join(store, ranks, timeout_s)
+    return Agreement(ranks, store, session, timeout_s)
+
+
+def launch_key(timeout_s: float) -> str | None:
+    """Return what names this launch in each of its restarts, or None when nothing does. Rank 0 only.
+
+    The user's RUNMGR_LAUNCH_ID, else a nonce that the first attempt left in the torchrun agent's store: unlike
+    `--rdzv-id` it cannot be the same for two launches.
+    """
+    if given := environment.launch_id():
+        return f"id-{given}"
+    store = _agent_store(timeout_s)
+    if store is None:
+        return None
+    return f"torchrun-{store.compare_set(_LAUNCH_KEY, '', secrets.token_hex(8)).decode()}"
+
+
+def _group_store() -> Store | None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001  # no public way to the store all ranks share
+
+
+def _agent_store(timeout_s: float) -> Store | None:
+    address = environment.agent_store_address()
+    if address is None:
+        return None
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = address
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+
+_shared: Agreement | None = None
+
+
+class Agreement:
+    """The ranks of one launch, able to come to one answer. Its calls are collective: every rank, in the same order."""
+
+    def __init__(self, ranks: Ranks, store: Store | None, session: str, timeout_s: float) -> None:
+        self.ranks = ranks
+        self.timeout_s = timeout_s
+        self._store = store
+        self._session = session
+        self._count = 0
+
+    def agree(
+        self,
+        what: str,
+        decide: Callable[[list[Any]], Any],
+        contribute: Callable[[], Any] = lambda: None,
+    ) -> Any:
+        """Run `contribute` on every rank, `decide` on rank 0 with all the answers, and return its result on every rank.
+
+        Answers and result are plain data (JSON). Whatever raises, on whichever rank, raises the same error everywhere;
+        `what` completes "rank 2 on host could not …". A rank that does not come within `timeout_s` is named.
+        """
+        own, failure = self._attempt(what, contribute)
+        if self._store is None:
+            if failure is None:
+                result, failure = self._attempt(what, lambda: decide([own]))
+            if failure is not None:
+                raise failure
+            return json.loads(json.dumps(result))
+        with _store_errors(self.ranks):
+            self._count += 1
+            if self.ranks.rank == 0:
+                return self._lead(what, own, failure, decide)
+            return self._follow(what, own, failure)
+
+    def _attempt(self, what: str, action: Callable[[], Any]) -> tuple[Any, RunError | None]:
+        try:
+            return action(), None
+        except RunError as error:
+            return None, error
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other ranks must not wait for it
+            text = str(error) or repr(error)
+            failed = RankFailed(
+                f"rank {self.ranks.rank} on {self.ranks.host} could not {what}: {type(error).__name__}: {text}",
+                rank=self.ranks.rank,
+                host=self.ranks.host,
+                what=what,
+                error_type=type(error).__name__,
+                error=text,
+            )
+            failed.__cause__ = error
+            return None, failed
+
+    def _key(self, name: str, count: int | None = None) -> str:
+        return f"{self._session}/{self._count if count is None else count}/{name}"
+
+    def _lead(self, what: str, own: Any, failure: RunError | None, decide: Callable[[list[Any]], Any]) -> Any:
+        assert self._store is not None
+        result: Any = None
+        interrupt: BaseException | None = None
+        try:
+            with self._beating():
+                answers = self._collect(what)
+                failure = failure or next(filter(None, map(_failure_in, answers)), None)
+                if failure is None:
+                    values = [own, *(answer["value"] for answer in answers)]
+                    result, failure = self._attempt(what, lambda: decide(values))
+        except RankTimeout as error:
+            failure = error
+        except (KeyboardInterrupt, SystemExit) as error:
+            interrupt = error
+            failure = RankFailed(
+                f"rank 0 on {self.ranks.host} was interrupted and did not {what}",
+                rank=0, host=self.ranks.host, what=what, error_type=type(error).__name__, error=str(error),
+            )  # fmt: skip
+        self._store.set(self._key("out"), json.dumps(_packed(result, failure)))
+        if self._count > 1:
+            self._store.delete_key(self._key("out", self._count - 1))
+        if interrupt is not None:
+            raise interrupt
+        if failure is not None:
+            raise failure
+        return json.loads(json.dumps(result))
+
+    def _collect(self, what: str) -> list[dict[str, Any]]:
+        """Return what the other ranks put down, in rank order, once all have."""
+        assert self._store is not None
+        keys = [self._key(f"in/{rank}") for rank in range(1, self.ranks.world_size)]
+        if not _wait(self._store, keys, self.timeout_s):
+            missing = [rank for rank, key in enumerate(keys, 1) if not self._store.check([key])]
+            raise _missing(missing, what, self.timeout_s)
+        return [json.loads(value) for value in _get_all(self._store, keys)]
+
+    def _follow(self, what: str, own: Any, failure: RunError | None) -> Any:
+        assert self._store is not None
+        self._store.set(self._key(f"in/{self.ranks.rank}"), json.dumps(_packed(own, failure)))
+        if self._count > 1:
+            self._store.delete_key(self._key(f"in/{self.ranks.rank}", self._count - 1))
+        out = self._key("out")
+        arrived = _wait(self._store, [out], self.timeout_s + _GRACE_S)
+        beat = None
+        while not arrived:  # rank 0 may be at work on it for longer than others may take to come
+            latest = self._store.get(self._key("beat")) if self._store.check([self._key("beat")]) else None
+            if latest == beat:
+                raise _missing([0], what, self.timeout_s)
+            beat = latest
+            arrived = _wait(self._store, [out], _SILENCE_S)
+        answer = json.loads(self._store.get(out))
+        if error := _failure_in(answer):
+            raise error
+        return answer["value"]
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Show the others that rank 0 has come and is alive while it waits or works."""
+        assert self._store is not None
+        store, key, ended = self._store, self._key("beat"), threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not ended.wait(_BEAT_S):
+                count += 1
+                store.set(key, str(count))
+
+        thread = threading.Thread(target=beat, name="runmgr-beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _join(store: Store, ranks: Ranks, timeout_s: float) -> str:
+    """Agree on a fresh session name; what an earlier attempt left in the store is never believed.
+
+    Each rank says hello with a new nonce and waits for an answer under that nonce, then acknowledges. Rank 0 may
+    first see a dead rank's old hello; it answers that too, gets no acknowledgement, and looks again.
+    """
+    deadline = time.monotonic() + timeout_s
+    if ranks.rank != 0:
+        own = secrets.token_hex(8)
+        store.set(f"runmgr/hello/{ranks.rank}", own)
+        if not _wait(store, [f"runmgr/answer/{own}"], timeout_s + _GRACE_S):
+            raise _missing([0], "start a run", timeout_s)
+        session = str(store.get(f"runmgr/answer/{own}").decode())
+        store.set(f"{session}/here/{ranks.rank}", own)
+        return session
+    session = f"runmgr/{secrets.token_hex(8)}"
+    answered: dict[int, bytes] = {}
+    waiting = set(range(1, ranks.world_size))
+    patience_s = 0.0
+    while waiting:
+        said = [rank for rank in waiting if store.check([f"runmgr/hello/{rank}"])]
+        for rank, nonce in zip(said, _get_all(store, [f"runmgr/hello/{rank}" for rank in said]), strict=True):
+            if answered.get(rank) != nonce:
+                answered[rank] = nonce
+                store.set(f"runmgr/answer/{nonce.decode()}", session)
+        patience_s = min(2 * patience_s + 0.001, _LONGEST_PAUSE_S)
+        _wait(store, [f"{session}/here/{rank}" for rank in waiting], patience_s)
+        waiting = {rank for rank in waiting if not store.check([f"{session}/here/{rank}"])}
+        if waiting and time.monotonic() > deadline:
+            raise _missing(sorted(waiting), "start a run", timeout_s)
+    return session
+
+
+def _wait(store: Store, keys: list[str], timeout_s: float) -> bool:
+    """Wait until all keys are there. Asks again and again: `Store.wait` would block the store for other threads."""
+    start = time.monotonic()
+    while not store.check(keys):
+        waited_s = time.monotonic() - start
+        if waited_s >= timeout_s:
+            return False
+        time.sleep(min(max(waited_s / 8, 0.0001), _LONGEST_PAUSE_S))
+    return True
+
+
+def _get_all(store: Store, keys: list[str]) -> list[bytes]:
+    if not keys:
+        return []
+    if store.has_extended_api():  # type: ignore[attr-defined]
+        return list(store.multi_get(keys))
+    return [store.get(key) for key in keys]
+
+
+def _packed(value: Any, failure: RunError | None) -> dict[str, Any]:
+    if failure is None:
+        return {"value": value}
+    return {"error": [type(failure).__name__, failure.message, failure.fields]}
+
+
+def _failure_in(answer: dict[str, Any]) -> RunError | None:
+    return rebuild(*answer["error"]) if "error" in answer else None
+
+
+def _missing(ranks: list[int], what: str, timeout_s: float) -> RankTimeout:
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    return RankTimeout(
+        f"{who} did not come to {what} within {timeout_s:g} s. Every rank must make this call, equally often; look at "
+        f"what {who} did last, or raise timeout_s if it is only slow.",
+        ranks=ranks,
+        what=what,
+        timeout_s=timeout_s,
+    )
+
+
+@contextmanager
+def _store_errors(ranks: Ranks) -> Iterator[None]:
+    """Translate the loss of the store, which is the loss of the launch."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise AgreementError(
+            f"rank {ranks.rank} on {ranks.host} lost the store that connects the ranks ({error}); the process that "
+            f"hosted it, torchrun's agent or rank 0, has ended"
+        ) from error
