@@ -162,7 +162,7 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     found = {}
     for name, value in (metrics or {}).items():
         try:
-            found[str(name)] = float(value)
+            found[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInput(f"metrics[{name!r}]={value!r} is not one number: {error}") from None
     return found
