@@ -156,7 +156,7 @@ def gpus() -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith("GPU ")] if done.returncode == 0 else []
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:  # noqa: RET503  # exec does not return
     """Replace this process by torchrun; returns only for --help, --dry-run and errors."""
     try:
         request = parse(sys.argv[1:] if arguments is None else arguments)
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     print(f"launch: {shown}", file=sys.stderr, flush=True)
     os.environ.update(added)
-    os.execvp(argv[0], argv)  # noqa: RET503, S606  # does not return: signals and exit status are torchrun's own
+    os.execvp(argv[0], argv)  # noqa: S606  # signals and the exit status are torchrun's own this way
 
 
 if __name__ == "__main__":

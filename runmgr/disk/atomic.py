@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import secrets
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def temporary_beside(path: Path) -> Path:
     """Return a fresh temporary name in the directory of `path`, so that renaming it to `path` stays on one file system."""
-    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f"{path.name}{TEMPORARY}{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def sync_directory(directory: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -179,6 +178,8 @@ def run_not_found(experiment: Experiment, run_id: str) -> RunNotFound:
 
 
 def _nearest(name: str, others: list[str]) -> str:
+    import difflib
+
     near = difflib.get_close_matches(name, others[:1000], n=3)
     if near:
         return f"; did you mean {' or '.join(near)}?"

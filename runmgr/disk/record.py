@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,13 @@ STATUSES = ("running", "completed", "failed", "interrupted", "preempted")
 LEASE_S = 30.0
 _HEARTBEAT_S = 5.0
 _LOST_AFTER_S = 2 * LEASE_S
+
+
+def this_host() -> str:
+    """Return this host's name."""
+    import socket  # here, since a reading command seldom needs it
+
+    return socket.gethostname()
 
 
 def now_text() -> str:
@@ -71,7 +77,7 @@ class Attempt:
             "started": now_text(),
             "ended": None,
             "error": None,
-            "host": socket.gethostname(),
+            "host": this_host(),
             "pid": os.getpid(),
             "accepts": None,
             **facts,
@@ -95,7 +101,7 @@ class Attempt:
         if newest > self.number:
             raise Superseded(
                 f"attempt {newest} has taken over run {self.run.run_id}; attempt {self.number} (this process, "
-                f"{socket.gethostname()} pid {os.getpid()}) stops writing to it",
+                f"{this_host()} pid {os.getpid()}) stops writing to it",
                 run_id=self.run.run_id,
                 attempt=self.number,
                 newer=newest,
@@ -194,7 +200,7 @@ def status_of(run: RunDirectory, record: dict[str, Any]) -> str:
     if age_s is None or age_s > _LOST_AFTER_S:
         return "lost"
     newest = read_json(run.attempt_path(max(attempt_numbers(run), default=0))) or {}
-    if newest.get("host") == socket.gethostname() and not _is_alive(newest.get("pid")):
+    if newest.get("host") == this_host() and not _is_alive(newest.get("pid")):
         return "lost"
     return "running"
 
