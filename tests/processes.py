@@ -181,3 +181,40 @@ def run(*argv: str, timeout_s: float = 100.0, **environ: str) -> subprocess.Comp
             os.killpg(process.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def start_ranks(world_size: int, function: Callable[..., Any], *args: Any, port: int, folder: Path) -> list[int]:
+    """Fork ranks under torchrun's variables and return their pids at once; `end_ranks` must follow."""
+    return [_fork(rank, world_size, function, args, "agent", port, folder, {}) for rank in range(world_size)]
+
+
+def end_ranks(pids: list[int], after_s: float) -> bool:
+    """Wait for the ranks up to `after_s`, then kill -9 those that live. True when all ended by themselves, with 0."""
+    deadline = time.monotonic() + after_s
+    left, clean = set(pids), True
+    while left:
+        for pid in sorted(left):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                left.discard(pid)
+                clean = clean and status == 0
+        if left and time.monotonic() > deadline:
+            clean = False
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        time.sleep(0.002)
+    return clean
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and theirs."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for candidate in found:
+        found += [child for child, parent in parents.items() if parent == candidate]
+    return found[1:]

@@ -145,7 +145,8 @@ class Lease:
         """
         import filelock
 
-        if takes_over:
+        holder = newest_record(self.run)
+        if takes_over or (holder.get("host") == this_host() and _is_zombie(holder.get("pid"))):
             atomic.remove(self.run.lease_path)
         changed = _watch(self.run.lease_path)
         try:
@@ -176,11 +177,15 @@ def _watch(path: Path) -> Callable[[], bool]:
     return lambda: first is not None and stamp() not in {first, None}
 
 
+def newest_record(run: RunDirectory) -> dict[str, Any]:
+    """Return what the newest attempt says of itself; nothing when there is none or it cannot be read."""
+    return read_json(run.attempt_path(max(attempt_numbers(run), default=0))) or {}
+
+
 def holder_of(run: RunDirectory) -> str:
     """Name the process that began the newest attempt."""
-    newest = max(attempt_numbers(run), default=0)
-    record = read_json(run.attempt_path(newest)) or {}
-    return f"pid {record.get('pid', '?')} on host {record.get('host', '?')} (attempt {newest})"
+    record = newest_record(run)
+    return f"pid {record.get('pid', '?')} on host {record.get('host', '?')} (attempt {record.get('attempt', '?')})"
 
 
 def lease_age_s(run: RunDirectory) -> float | None:
@@ -199,17 +204,27 @@ def status_of(run: RunDirectory, record: dict[str, Any]) -> str:
     age_s = lease_age_s(run)
     if age_s is None or age_s > _LOST_AFTER_S:
         return "lost"
-    newest = read_json(run.attempt_path(max(attempt_numbers(run), default=0))) or {}
+    newest = newest_record(run)
     if newest.get("host") == this_host() and not _is_alive(newest.get("pid")):
         return "lost"
     return "running"
 
 
 def _is_alive(pid: object) -> bool:
+    """Whether a process of this host runs, as far as can be known."""
     try:
         os.kill(int(str(pid)), 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, ValueError):
+    except (OSError, ValueError):  # not ours to ask
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: object) -> bool:
+    """Whether a process of this host has ended and was not yet waited for; containers often keep such."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in {"Z", "X"}
+    except (OSError, IndexError):
+        return False

@@ -1,0 +1,145 @@
+"""Killed again and again, a training ends with the weights that it would have had in one go."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import REPOSITORY, clean_environment, descendants, end_ranks, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import runmgr
+from runmgr.examples import digits
+
+EPOCHS = 6
+KILLS = 12
+
+
+def _train(rank, root, seed, warm_up):
+    """The demo's own main(), as torchrun would start it."""
+    sys.argv = ["digits.py", "--epochs", str(EPOCHS), "--resume", "latest"]
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
+    os.environ["RUNMGR_CKPT_ROOT_DIR"] = str(root)
+    random.seed(seed)  # what a process finds there is not part of the run
+    torch.manual_seed(seed)
+    if warm_up is not None:
+        plain = digits.DistributedDataParallel
+
+        def warmed(model):
+            ddp = plain(model)
+            warm_up(ddp, torch.zeros(32, 1, 8, 8))
+            return ddp
+
+        digits.DistributedDataParallel = warmed
+    digits.main()
+
+
+def _launch(root, folder, after_s, ranks, warm_up=None) -> bool:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pids = start_ranks(ranks, _train, root, random.randrange(1 << 30), warm_up, port=store.port, folder=folder)
+    return end_ranks(pids, after_s)
+
+
+def _final(root):
+    path = root / "digits" / str(runmgr.get_latest_run_id("digits", root))
+    return path, torch.load(path / "ckpt_latest.pth", weights_only=True)
+
+
+def _assert_equal(one, other, where="checkpoint"):
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            _assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            _assert_equal(left, right, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+def _assert_same_training(straight, killed):
+    (straight_path, expected), (killed_path, found) = straight, killed
+    for key in ("net", "optimizer", "scheduler", "epoch", "step", "metrics"):
+        _assert_equal(found[key], expected[key], key)
+    assert [states["torch"] for states in found["rng"]] == [states["torch"] for states in expected["rng"]]
+    assert [member["metric"] for member in found["average"]["members"]] == [
+        member["metric"] for member in expected["average"]["members"]
+    ]
+    average, expected_average = (
+        torch.load(path / "average_model.pth", weights_only=True)["net"] for path in (killed_path, straight_path)
+    )
+    _assert_equal(average, expected_average, "average")
+    best, expected_best = (
+        torch.load(path / "ckpt_best.pth", weights_only=True)["metrics"] for path in (killed_path, straight_path)
+    )
+    assert best == expected_best
+
+
+def _train_with_kills(root, folder, ranks, kills, warm_up=None):
+    for number in range(kills):
+        # early, late, and in between: the first epochs take the longest
+        if _launch(root, folder, random.uniform(0.2, 2.0), ranks, warm_up) and number:
+            break
+    assert _launch(root, folder, 60, ranks, warm_up)
+    assert len(runmgr.list_runs("digits", root)) <= kills + 1
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_killed_at_random_moments_end_bit_identical(tmp_path):
+    assert _launch(tmp_path / "straight", tmp_path, 60, 2)
+    _train_with_kills(tmp_path / "killed", tmp_path, 2, KILLS)
+    _assert_same_training(_final(tmp_path / "straight"), _final(tmp_path / "killed"))
+    path, _ = _final(tmp_path / "killed")
+    steps = [event.step for event in EventAccumulator(str(path)).Reload().Scalars("val/accuracy")]
+    expected_path, _ = _final(tmp_path / "straight")
+    assert steps == [event.step for event in EventAccumulator(str(expected_path)).Reload().Scalars("val/accuracy")]
+
+
+def _warm_up_of_the_docs():
+    text = (REPOSITORY / "docs/resume.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names: dict = {}
+    exec(code, names)
+    return names["warm_up"]
+
+
+@pytest.mark.timeout(240)
+def test_four_ranks_end_bit_identical_after_the_warm_up_of_the_docs(tmp_path):
+    warm_up = _warm_up_of_the_docs()
+    assert _launch(tmp_path / "straight", tmp_path, 60, 4, warm_up)
+    _train_with_kills(tmp_path / "killed", tmp_path, 4, 4, warm_up)
+    _assert_same_training(_final(tmp_path / "straight"), _final(tmp_path / "killed"))
+
+
+def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "runmgr.examples.digits", "--epochs=8", "--resume=latest",
+    ]  # fmt: skip
+    environ = clean_environment(RUNMGR_CKPT_ROOT_DIR=str(tmp_path))
+    with subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL) as launch:
+        while not list(Path(tmp_path).glob("digits/RUN_*/ckpt_latest.pth")):
+            assert launch.poll() is None
+            time.sleep(0.05)
+        processes = [*descendants(launch.pid), launch.pid]
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+    assert len(processes) == 3
+    (lost,) = runmgr.list_runs("digits", tmp_path)
+    assert lost.status == "lost"
+    assert lost.latest["epoch"] < 8
+    subprocess.run(command, env=environ, stderr=subprocess.DEVNULL, check=True)
+    (info,) = runmgr.list_runs("digits", tmp_path)
+    assert (info.status, info.attempt, info.latest["epoch"]) == ("completed", 2, 8)
