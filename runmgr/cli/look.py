@@ -137,10 +137,10 @@ def _show(given: argparse.Namespace) -> int:
         ("git", commit),
         ("files", " ".join(_files(run.path))),
     ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        if value:
-            print(f"{name:<{width}}  {value}")
+    shown = [(name, value) for name, value in rows if value]
+    width = max(len(name) for name, _ in shown)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")
     return 0
 
 
