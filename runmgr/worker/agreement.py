@@ -23,7 +23,7 @@ import json
 import secrets
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from runmgr import ranks as environment
 from runmgr.errors import AgreementError, RankFailed, RankTimeout, RunError, rebuild
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -42,6 +42,7 @@ _BEAT_S = 5.0
 _GRACE_S = 2 * _BEAT_S
 _SILENCE_S = 60.0
 _LONGEST_PAUSE_S = 0.05
+_LINGER_S = 3.0
 _LAUNCH_KEY = "runmgr/launch"
 
 
@@ -68,6 +69,7 @@ def shared(timeout_s: float = 300.0) -> Agreement:
 def forget(agreement: Agreement) -> None:
     """Let the next `shared()` join anew: the run that used this agreement has ended."""
     global _shared  # noqa: PLW0603  # as above
+    agreement.linger()
     if _shared is agreement:
         _shared = None
 
@@ -132,6 +134,7 @@ class Agreement:
         self._store = store
         self._session = session
         self._count = 0
+        self._lingered = 0
 
     def agree(
         self,
@@ -150,7 +153,7 @@ class Agreement:
                 result, failure = self._attempt(what, lambda: decide([own]))
             if failure is not None:
                 raise failure
-            return json.loads(json.dumps(result))
+            return result
         with _store_errors(self.ranks):
             self._count += 1
             if self.ranks.rank == 0:
@@ -159,7 +162,7 @@ class Agreement:
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> tuple[Any, RunError | None]:
         try:
-            return action(), None
+            return json.loads(json.dumps(action())), None
         except RunError as error:
             return None, error
         except Exception as error:  # noqa: BLE001  # whatever it is, the other ranks must not wait for it
@@ -203,8 +206,9 @@ class Agreement:
         if interrupt is not None:
             raise interrupt
         if failure is not None:
+            self.linger(failure.ranks if isinstance(failure, RankTimeout) else ())
             raise failure
-        return json.loads(json.dumps(result))
+        return result
 
     def _collect(self, what: str) -> list[dict[str, Any]]:
         """Return what the other ranks put down, in rank order, once all have."""
@@ -230,9 +234,16 @@ class Agreement:
             beat = latest
             arrived = _wait(self._store, [out], _SILENCE_S)
         answer = json.loads(self._store.get(out))
+        self._store.set(f"{self._session}/read/{self.ranks.rank}", str(self._count))
         if error := _failure_in(answer):
             raise error
         return answer["value"]
+
+    def linger(self, absent: Iterable[int] = ()) -> None:
+        """Rank 0 lets the others read its last answer before it may exit: the store may be its own. Waits 3 s at most."""
+        if self._store is not None and self.ranks.rank == 0 and self._lingered < self._count:
+            self._lingered = self._count
+            _linger(self._store, self._session, self._count, set(range(1, self.ranks.world_size)) - set(absent))
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
@@ -284,8 +295,22 @@ def _join(store: Store, ranks: Ranks, timeout_s: float) -> str:
         _wait(store, [f"{session}/here/{rank}" for rank in waiting], patience_s)
         waiting = {rank for rank in waiting if not store.check([f"{session}/here/{rank}"])}
         if waiting and time.monotonic() > deadline:
-            raise _missing(sorted(waiting), "start a run", timeout_s)
+            failure = _missing(sorted(waiting), "start a run", timeout_s)
+            store.set(f"{session}/1/out", json.dumps(_packed(None, failure)))  # for those who came and ask on
+            _linger(store, session, 1, set(range(1, ranks.world_size)) - waiting)
+            raise failure
     return session
+
+
+def _linger(store: Store, session: str, count: int, ranks: Iterable[int]) -> None:
+    """Wait a little until `ranks` have read answer `count`; whoever is gone or busy elsewhere is not waited for long."""
+    keys = [f"{session}/read/{rank}" for rank in ranks]
+    deadline = time.monotonic() + _LINGER_S
+    with suppress(dist.DistError):  # the store is gone, and with it every reason to stay
+        while time.monotonic() < deadline:
+            if store.check(keys) and all(int(read) >= count for read in _get_all(store, keys)):
+                return
+            time.sleep(0.002)
 
 
 def _wait(store: Store, keys: list[str], timeout_s: float) -> bool:
