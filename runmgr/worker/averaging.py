@@ -319,12 +319,15 @@ class BestAverage(Average):
         for entry in state["members"]:
             weights = entry["weights"] and _like(self.model, entry["weights"])
             self.members.append(_Member(entry["metric"], entry["number"], weights, entry["object"], entry["key"]))
+        while len(self.members) > self.k:  # it was saved with a greater k
+            self.members.remove(self._worst())
 
     def locate(self, path_of: Callable[[str], Path]) -> None:
-        """Say where the checkpoints lie that hold members."""
+        """Say where the checkpoints lie that hold members; in a fork they have other names, which count from now on."""
         for member in self.members:
             if member.object_name is not None:
                 member.path = path_of(member.object_name)
+                member.object_name = member.path.name
 
     def describe(self) -> list[dict[str, Any]]:
         """Name the members, oldest first: metric and, once saved, the checkpoint object."""
