@@ -45,7 +45,7 @@ def _no_leaks(monkeypatch, tmp_path):
 
 
 def _without_pytest(environ) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if not name.startswith("PYTEST_")}
+    return {name: value for name, value in environ.items() if not name.startswith(("PYTEST_", "TORCHINDUCTOR_"))}
 
 
 @pytest.fixture

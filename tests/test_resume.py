@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.tensorboard
 from processes import REPOSITORY, clean_environment, descendants, end_ranks, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
 from runmgr.examples import digits
 
-EPOCHS = 6
-KILLS = 12
+EPOCHS = 10
+STEPS_AN_EPOCH = {2: 19, 4: 10}
+SAVES_BEFORE_KILLS = (1, 2, 1, 2, 1, 2)
 
 
 def _train(rank, root, seed, warm_up):
@@ -30,6 +32,7 @@ def _train(rank, root, seed, warm_up):
     os.environ["RUNMGR_CKPT_ROOT_DIR"] = str(root)
     random.seed(seed)  # what a process finds there is not part of the run
     torch.manual_seed(seed)
+    _log_every_step()
     if warm_up is not None:
         plain = digits.DistributedDataParallel
 
@@ -42,10 +45,42 @@ def _train(rank, root, seed, warm_up):
     digits.main()
 
 
-def _launch(root, folder, after_s, ranks, warm_up=None) -> bool:
+def _log_every_step():
+    """Write an event a step, flushed at once, so that a kill leaves some that the next start must hide."""
+    step = 0
+    restore, should_stop = runmgr.Run.restore, runmgr.Run.should_stop
+
+    def restore_and_note(run, state):
+        nonlocal step
+        progress = restore(run, state)
+        step = progress.step
+        return progress
+
+    def log_and_ask(run):
+        nonlocal step
+        step += 1
+        run.log_scalars({"step": step}, step=step)
+        run.tensorboard.flush()
+        return should_stop(run)
+
+    runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, log_and_ask
+
+
+def _launch(root, folder, ranks, warm_up=None, kill_after_saves=None) -> bool:
+    """Train to the end, or kill -9 all ranks a moment after some saves; True when they ended by themselves."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    before = _saves(root)
     pids = start_ranks(ranks, _train, root, random.randrange(1 << 30), warm_up, port=store.port, folder=folder)
-    return end_ranks(pids, after_s)
+    deadline = time.monotonic() + 60
+    for _ in range(kill_after_saves or 0):
+        while (now := _saves(root)) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        before = now
+    return end_ranks(pids, 60 if kill_after_saves is None else random.uniform(0, 0.25))
+
+
+def _saves(root) -> list[int]:
+    return [path.stat().st_ino for path in root.glob("digits/RUN_*/ckpt_latest.pth")]
 
 
 def _final(root):
@@ -87,24 +122,22 @@ def _assert_same_training(straight, killed):
     assert best == expected_best
 
 
-def _train_with_kills(root, folder, ranks, kills, warm_up=None):
-    for number in range(kills):
-        # early, late, and in between: the first epochs take the longest
-        if _launch(root, folder, random.uniform(0.2, 2.0), ranks, warm_up) and number:
-            break
-    assert _launch(root, folder, 60, ranks, warm_up)
-    assert len(runmgr.list_runs("digits", root)) <= kills + 1
+def _train_with_kills(root, folder, ranks, warm_up=None):
+    for saves in SAVES_BEFORE_KILLS:
+        assert not _launch(root, folder, ranks, warm_up, kill_after_saves=saves)
+    assert _launch(root, folder, ranks, warm_up)
+    (info,) = runmgr.list_runs("digits", root)
+    assert info.attempt == len(SAVES_BEFORE_KILLS) + 1, "each start went on in the same run"
+    events = EventAccumulator(str(info.path)).Reload()
+    assert [event.step for event in events.Scalars("step")] == list(range(1, EPOCHS * STEPS_AN_EPOCH[ranks] + 1))
+    assert len(events.Scalars("val/accuracy")) == EPOCHS
 
 
 @pytest.mark.timeout(240)
 def test_two_ranks_killed_at_random_moments_end_bit_identical(tmp_path):
-    assert _launch(tmp_path / "straight", tmp_path, 60, 2)
-    _train_with_kills(tmp_path / "killed", tmp_path, 2, KILLS)
+    assert _launch(tmp_path / "straight", tmp_path, 2)
+    _train_with_kills(tmp_path / "killed", tmp_path, 2)
     _assert_same_training(_final(tmp_path / "straight"), _final(tmp_path / "killed"))
-    path, _ = _final(tmp_path / "killed")
-    steps = [event.step for event in EventAccumulator(str(path)).Reload().Scalars("val/accuracy")]
-    expected_path, _ = _final(tmp_path / "straight")
-    assert steps == [event.step for event in EventAccumulator(str(expected_path)).Reload().Scalars("val/accuracy")]
 
 
 def _warm_up_of_the_docs():
@@ -118,8 +151,8 @@ def _warm_up_of_the_docs():
 @pytest.mark.timeout(240)
 def test_four_ranks_end_bit_identical_after_the_warm_up_of_the_docs(tmp_path):
     warm_up = _warm_up_of_the_docs()
-    assert _launch(tmp_path / "straight", tmp_path, 60, 4, warm_up)
-    _train_with_kills(tmp_path / "killed", tmp_path, 4, 4, warm_up)
+    assert _launch(tmp_path / "straight", tmp_path, 4, warm_up)
+    _train_with_kills(tmp_path / "killed", tmp_path, 4, warm_up)
     _assert_same_training(_final(tmp_path / "straight"), _final(tmp_path / "killed"))
 
 

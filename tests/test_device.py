@@ -1,0 +1,70 @@
+"""The same on the CPU and, where there is one, on a GPU: averages stay on the device, files hold what any machine loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import runmgr
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+
+
+def _model(device):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).to(device)
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", [runmgr.BestAverage, runmgr.RunningAverage, runmgr.ExponentialAverage])
+def test_an_average_lives_on_the_models_device_and_survives_a_restore(device, kind):
+    model = _model(device)
+    average = kind(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"net": model, "optimizer": optimizer, "average": average}
+    with runmgr.start_run("device") as run:
+        run.restore(state)
+        for epoch in range(3):
+            model(torch.randn(4, 6, device=device)).sum().backward()
+            optimizer.step()
+            average.update(float(epoch)) if kind is runmgr.BestAverage else average.update()
+            run.save(state, epoch=epoch + 1)
+        before = average.averaged_state_dict()
+        draw = torch.randn(3, device=device)
+    other = _model(device)
+    other_average = kind(other)
+    with runmgr.start_run("device", resume="latest") as run:
+        run.restore({"net": other, "average": other_average})
+        after = other_average.averaged_state_dict()
+        assert torch.equal(torch.randn(3, device=device), draw), "random numbers go on where they were"
+    assert {tensor.device.type for tensor in after.values()} == {device}
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@DEVICES
+def test_checkpoints_load_on_a_machine_without_this_device(device):
+    model = _model(device)
+    with runmgr.start_run("device") as run:
+        run.save({"net": model}, epoch=1)
+        loaded = run.load("latest")["net"]
+        on_device = run.load("latest", map_location=device)["net"]
+    assert {tensor.device.type for tensor in loaded.values()} == {"cpu"}
+    assert {tensor.device.type for tensor in on_device.values()} == {device}
+    _model("cpu").load_state_dict(loaded)
+
+
+@NEEDS_CUDA
+def test_starting_and_saving_create_no_cuda_context(root):
+    code = (
+        "import torch, runmgr\n"
+        "with runmgr.start_run('context') as run:\n"
+        "    run.save({'net': torch.nn.Linear(1, 1)}, epoch=1)\n"
+        "print(torch.cuda.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
