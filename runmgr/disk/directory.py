@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ RUN_ID_FORMAT = "RUN_%Y%m%d_%H%M%S_%f"
 LATEST_NAME = "ckpt_latest.pth"
 BEST_NAME = "ckpt_best.pth"
 AVERAGE_NAME = "average_model.pth"
+_RUN_ID = re.compile(r"RUN_(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)_(\d{6})")
 _NAME_LIMIT_BYTES = 200
 _ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
 _PROJECT_MARKS = (".git", "pyproject.toml", "requirements.txt", ".env", "venv", "setup.py")
@@ -266,7 +268,7 @@ def _mark_last(experiment: Experiment, run_id: str) -> None:
     A mark is removed only by somebody who saw a greater one, so the greatest always stays, with or without the lock.
     """
     marks = experiment.last_run_id_path
-    (marks / run_id).touch()
+    os.close(os.open(marks / run_id, os.O_WRONLY | os.O_CREAT, 0o666))
     *smaller, _ = sorted(name for name in os.listdir(marks) if is_run_id(name))
     for name in smaller:
         atomic.remove(marks / name)
@@ -279,11 +281,15 @@ def _moment(us: int) -> datetime:
 
 def _parse(run_id: str) -> int | None:
     """Return the microseconds in a run id, or None when it is somebody else's name."""
-    try:
-        moment = datetime.strptime(run_id, RUN_ID_FORMAT).replace(tzinfo=UTC)
+    match = _RUN_ID.fullmatch(run_id)
+    if match is None:
+        return None
+    year, month, day, hour, minute, second, us = map(int, match.groups())
+    try:  # not strptime, which would be imported while the lock is held
+        moment = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
     except ValueError:
         return None
-    return int(moment.replace(microsecond=0).timestamp()) * 1_000_000 + moment.microsecond
+    return int(moment.timestamp()) * 1_000_000 + us
 
 
 def confirm_shared(run: RunDirectory, token: str, *, host: str, timeout_s: float = 60.0) -> None:

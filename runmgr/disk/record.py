@@ -145,8 +145,8 @@ class Lease:
         """
         import filelock
 
-        holder = newest_record(self.run)
-        if takes_over or (holder.get("host") == this_host() and _is_zombie(holder.get("pid"))):
+        newest = newest_record(self.run)
+        if takes_over or (newest.get("host") == this_host() and _is_zombie(newest.get("pid"))):
             atomic.remove(self.run.lease_path)
         changed = _watch(self.run.lease_path)
         try:
