@@ -145,12 +145,11 @@ class Lease:
         """
         import filelock
 
-        newest = newest_record(self.run)
-        if takes_over or (newest.get("host") == this_host() and _is_zombie(newest.get("pid"))):
+        if takes_over:
             atomic.remove(self.run.lease_path)
-        changed = _watch(self.run.lease_path)
+        shows_life = _watch(self.run)
         try:
-            self._lease.acquire(timeout=LEASE_S + 2 * _HEARTBEAT_S, poll_interval=0.05, cancel_check=changed)
+            self._lease.acquire(timeout=LEASE_S + 2 * _HEARTBEAT_S, poll_interval=0.05, cancel_check=shows_life)
         except filelock.Timeout:
             holder, age_s = holder_of(self.run), lease_age_s(self.run) or 0.0
             raise RunBusy(
@@ -166,15 +165,24 @@ class Lease:
         self._lease.release()
 
 
-def _watch(path: Path) -> Callable[[], bool]:
+def _watch(run: RunDirectory) -> Callable[[], bool]:
+    """Return a question: has the mark been refreshed since? Asking removes the mark of a holder that is a zombie here."""
+
     def stamp() -> int | None:
         try:
-            return path.stat().st_mtime_ns
+            return run.lease_path.stat().st_mtime_ns
         except OSError:
             return None
 
-    first = stamp()
-    return lambda: first is not None and stamp() not in {first, None}
+    def shows_life() -> bool:
+        if stamp() not in {first, None}:
+            return True
+        if holder.get("host") == this_host() and _is_zombie(holder.get("pid")):  # filelock takes it for alive
+            atomic.remove(run.lease_path)
+        return False
+
+    first, holder = stamp(), newest_record(run)
+    return shows_life
 
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:
