@@ -70,6 +70,7 @@ def test_every_checkpoint_loads_with_weights_only_into_a_bare_model(launched):
     assert len(paths) > len(FILES)
     for path in paths:
         digits.build_model().load_state_dict(torch.load(path, weights_only=True)["net"])
+        assert not path.stat().st_mode & 0o222, "nobody writes into a checkpoint"
 
 
 def test_the_average_is_the_mean_of_its_ten_members(launched):
