@@ -1,7 +1,8 @@
 """Real processes for tests: N ranks that share a store or a group, real torchrun, and no survivors.
 
 `run_ranks` forks this process, so a rank costs milliseconds instead of an `import torch`. Everything in it is real but
-the agent: where `store="agent"`, this process hosts the TCPStore that torchrun's agent would.
+the agent: where `store="agent"`, a process of ours hosts the TCPStore that torchrun's agent would. Not this process:
+it forks, and the store's threads would leave their locks held in the children.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCH_VARIABLES = (
@@ -71,15 +72,42 @@ def run_ranks(
             torchrun's variables absent; "none": RANK and WORLD_SIZE alone
     absent  ranks that never start
     """
-    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if store == "agent" else None
-    port = host.port if host is not None else free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    hosting = agent() if store == "agent" else contextlib.nullcontext(free_port())
+    with tempfile.TemporaryDirectory() as folder, hosting as port:
         children = {
             rank: _fork(rank, world_size, function, args, store, port, Path(folder), dict(environ or {}))
             for rank in range(world_size)
             if rank not in absent
         }
-        return [_reap(rank, pid, Path(folder), timeout_s) for rank, pid in children.items()]
+        try:
+            return [_reap(rank, pid, Path(folder), timeout_s) for rank, pid in children.items()]
+        finally:
+            for pid in children.values():
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                    if os.waitpid(pid, os.WNOHANG) == (0, 0):  # after a time-out of the test itself
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def agent() -> Iterator[int]:
+    """A process that hosts a store, as torchrun's agent does; yields its port."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            os.write(writing, str(store.port).encode())
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        yield int(os.read(reading, 16))
+    finally:
+        os.close(reading)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def values(outcomes: list[Outcome]) -> list[Any]:

@@ -12,22 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.utils.tensorboard
-from processes import REPOSITORY, clean_environment, descendants, end_ranks, start_ranks
+from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
 from runmgr.examples import digits
 
-EPOCHS = 10
+EPOCHS = {2: 10, 4: 5}
 STEPS_AN_EPOCH = {2: 19, 4: 10}
-SAVES_BEFORE_KILLS = (1, 2, 1, 2, 1, 2)
+SAVES_BEFORE_KILLS = {2: (1, 2, 1, 2, 1, 2), 4: (1, 2, 1)}
 
 
-def _train(rank, root, seed, warm_up):
+def _train(rank, root, epochs, seed, warm_up):
     """The demo's own main(), as torchrun would start it."""
-    sys.argv = ["digits.py", "--epochs", str(EPOCHS), "--resume", "latest"]
+    sys.argv = ["digits.py", "--epochs", str(epochs), "--resume", "latest"]
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     os.environ["RUNMGR_CKPT_ROOT_DIR"] = str(root)
     random.seed(seed)  # what a process finds there is not part of the run
@@ -68,15 +67,17 @@ def _log_every_step():
 
 def _launch(root, folder, ranks, warm_up=None, kill_after_saves=None) -> bool:
     """Train to the end, or kill -9 all ranks a moment after some saves; True when they ended by themselves."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     before = _saves(root)
-    pids = start_ranks(ranks, _train, root, random.randrange(1 << 30), warm_up, port=store.port, folder=folder)
-    deadline = time.monotonic() + 60
-    for _ in range(kill_after_saves or 0):
-        while (now := _saves(root)) == before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        before = now
-    return end_ranks(pids, 60 if kill_after_saves is None else random.uniform(0, 0.25))
+    with agent() as port:
+        pids = start_ranks(
+            ranks, _train, root, EPOCHS[ranks], random.randrange(1 << 30), warm_up, port=port, folder=folder
+        )
+        deadline = time.monotonic() + 120
+        for _ in range(kill_after_saves or 0):
+            while (now := _saves(root)) == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            before = now
+        return end_ranks(pids, 120 if kill_after_saves is None else random.uniform(0, 0.25))
 
 
 def _saves(root) -> list[int]:
@@ -123,14 +124,14 @@ def _assert_same_training(straight, killed):
 
 
 def _train_with_kills(root, folder, ranks, warm_up=None):
-    for saves in SAVES_BEFORE_KILLS:
+    for saves in SAVES_BEFORE_KILLS[ranks]:
         assert not _launch(root, folder, ranks, warm_up, kill_after_saves=saves)
     assert _launch(root, folder, ranks, warm_up)
     (info,) = runmgr.list_runs("digits", root)
-    assert info.attempt == len(SAVES_BEFORE_KILLS) + 1, "each start went on in the same run"
+    assert info.attempt == len(SAVES_BEFORE_KILLS[ranks]) + 1, "each start went on in the same run"
     events = EventAccumulator(str(info.path)).Reload()
-    assert [event.step for event in events.Scalars("step")] == list(range(1, EPOCHS * STEPS_AN_EPOCH[ranks] + 1))
-    assert len(events.Scalars("val/accuracy")) == EPOCHS
+    assert [event.step for event in events.Scalars("step")] == list(range(1, EPOCHS[ranks] * STEPS_AN_EPOCH[ranks] + 1))
+    assert len(events.Scalars("val/accuracy")) == EPOCHS[ranks]
 
 
 @pytest.mark.timeout(240)

@@ -45,15 +45,15 @@ def temporary_beside(path: Path) -> Path:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in `directory` durable; file systems that cannot sync directories keep their own promise."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with naming(directory):
+    with naming(directory):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
+                raise
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -119,19 +119,19 @@ def create_bytes(path: Path, content: bytes) -> None:
     Where links work, nobody ever sees a part of the content.
     """
     temporary = temporary_beside(path)
-    write_bytes(temporary, content)
     try:
+        write_bytes(temporary, content)
         os.link(temporary, path)
     except OSError as error:
-        if error.errno not in _NO_LINKS_HERE:
+        if error.errno not in _NO_LINKS_HERE or not temporary.exists():
             raise
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with naming(path):
+        with naming(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
                 write_all(descriptor, content)
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         remove(temporary)
     sync_directory(path.parent)
