@@ -53,6 +53,7 @@ class Writer(NamedTuple):
     attempt: Attempt
     record: RunRecord
     lease: Lease
+    is_new: bool
 
 
 class Run:

@@ -121,7 +121,7 @@ def start_run(
         return answer
 
     try:
-        shown = Path(os.fspath(ckpt_root_dir)).absolute() if ckpt_root_dir else directories.default_root()
+        shown = ckpt_root_dir or directories.default_root()
         answer = agreement.agree(f"create a run of {experiment_name!r} in {shown}", decide, contribute)
         run = RunDirectory(Path(answer["run_dir"]))
         _confirm(agreement, run, answer)
@@ -323,7 +323,7 @@ def _become_writer(request: _Request, choice: _Choice, places: list[dict[str, An
     except BaseException:
         lease.release()
         raise
-    return Writer(shelf, attempt, run_record, lease)
+    return Writer(shelf, attempt, run_record, lease, choice.is_new)
 
 
 def _check_mode(request: _Request, run_record: record.RunRecord) -> None:
@@ -410,8 +410,12 @@ def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) ->
 
 def _take_back(writer: Writer) -> None:
     """Undo a start that other ranks could not follow."""
-    writer.lease.release()
-    if writer.attempt.number == 1:
-        directories.remove_unused(writer.shelf.run)
-    else:
-        writer.record.update(status="failed", ended=record.now_text())
+    try:
+        if writer.is_new:
+            directories.remove_unused(writer.shelf.run)
+        else:
+            writer.record.update(status="failed", ended=record.now_text())
+    except OSError:  # the error that brought us here is the one to tell
+        pass
+    finally:
+        writer.lease.release()

@@ -592,3 +592,21 @@ def test_after_an_error_the_same_ranks_can_start_again(root):
     found = values(run_ranks(2, twice, store="group"))
     assert {agreed for agreed, _ in found} == {None}
     assert [path.name for path in runs(root)] == [found[0][1]]
+
+
+def test_a_start_that_fails_on_another_host_removes_only_what_it_made(root, monkeypatch):
+    foreign = root / "exp" / "RUN_20240101_000000_000000"
+    foreign.mkdir(parents=True)
+    torch.save({"net": {}, "epoch": 3}, foreign / "ckpt_latest.pth")
+
+    def not_shared(run, *_, **__):
+        raise runmgr.NotShared("not shared", host="h", path=str(run.path))
+
+    monkeypatch.setattr(runmgr.start.directories, "confirm_shared", not_shared)  # there is no second host here
+    with pytest.raises(runmgr.NotShared):
+        runmgr.start_run("exp", run_id=foreign.name)
+    assert (foreign / "ckpt_latest.pth").exists()
+    with pytest.raises(runmgr.NotShared):
+        runmgr.start_run("exp")
+    assert [path.name for path in (root / "exp").iterdir() if path.name.startswith("RUN_")] == [foreign.name]
+    assert not (foreign / ".runmgr/lease").exists()
