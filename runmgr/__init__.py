@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         list_experiments,
         list_runs,
     )
-    from runmgr.disk.checkpoints import Checkpoint, Keep
+    from runmgr.disk.checkpoints import Checkpoint
+    from runmgr.disk.shelf import Keep
     from runmgr.errors import (
         AgreementError,
         CheckpointCorrupt,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from runmgr.start import start_run
     from runmgr.worker.averaging import BestAverage, ExponentialAverage, RunningAverage
     from runmgr.worker.saving import SaveHandle
+    from runmgr.worker.state import per_rank
 
     __version__: str
 
@@ -52,7 +54,8 @@ _HOMES = {
     "runmgr.disk.catalog": (
         "RunInfo", "best_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs",
     ),
-    "runmgr.disk.checkpoints": ("Checkpoint", "Keep"),
+    "runmgr.disk.checkpoints": ("Checkpoint",),
+    "runmgr.disk.shelf": ("Keep",),
     "runmgr.errors": (
         "AgreementError", "CheckpointCorrupt", "CheckpointNotFound", "InvalidInput", "InvalidName", "NotShared",
         "RankFailed", "RankTimeout", "RunBusy", "RunError", "RunNotFound", "Superseded",
@@ -61,6 +64,7 @@ _HOMES = {
     "runmgr.start": ("start_run",),
     "runmgr.worker.averaging": ("BestAverage", "ExponentialAverage", "RunningAverage"),
     "runmgr.worker.saving": ("SaveHandle",),
+    "runmgr.worker.state": ("per_rank",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -68,7 +72,7 @@ __all__ = [  # sorted by a test, without the version
     "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "ExponentialAverage",
     "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy",
     "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "Superseded", "best_run",
-    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "start_run",
+    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank", "start_run",
 ]  # fmt: skip
 
 

@@ -6,10 +6,12 @@ import atexit
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from torch import nn
 
 from runmgr.disk import checkpoints, directory
-from runmgr.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, RankFailed, RunError
+from runmgr.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
 from runmgr.worker import logs, preemption, saving
 from runmgr.worker import state as states
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runmgr.disk.record import Attempt, Lease, RunRecord
+    from runmgr.disk.shelf import Shelf
     from runmgr.worker.agreement import Agreement
+    from runmgr.worker.saving import SaveErrorPolicy
 
-SaveErrorPolicy = Literal["raise", "warn"]
-_FAILURES_UNTIL_RAISE = 3
 _SHORT_NAMES = {
     "latest": directory.LATEST_NAME,
     "best": directory.BEST_NAME,
@@ -49,7 +51,7 @@ class Progress(NamedTuple):
 class Writer(NamedTuple):
     """What only rank 0 holds of an open run."""
 
-    shelf: checkpoints.Shelf
+    shelf: Shelf
     attempt: Attempt
     record: RunRecord
     lease: Lease
@@ -86,17 +88,16 @@ class Run:
         self.config = config
         self._agreement = agreement
         self._writer = writer
-        self._on_save_error = on_save_error
         self._on_closed = on_closed
         self._logs = logs.Logs(run.log_path(started, self.rank), on_console=self.is_main)
         self.logger: logging.Logger = self._logs.logger
         self.log_handler: logging.Handler = self._logs.handler
         self.tensorboard = logs.TensorBoard(run.path) if self.is_main else logs.NoTensorBoard()
-        self._saver = saving.Saver(writer.shelf, self.run_id, self.logger) if writer else None
+        self._saver = saving.Saver(writer.shelf, self.run_id, self.logger, on_save_error) if writer else None
         self._preemption = preemption.Preemption()
         self._must_restore = False
         self._was_stopped = False
-        self._failed_saves = 0
+        self._late_error: Exception | None = None
         self._pid = os.getpid()
         self._is_open = True
         atexit.register(self._finish_at_exit)
@@ -130,40 +131,65 @@ class Run:
         epoch: int | None = None,
         step: int | None = None,
         metrics: Mapping[str, Any] | None = None,
-        block: bool = True,  # noqa: ARG002  # the write is always waited for so far, which keeps every promise but speed
+        block: bool = True,
     ) -> saving.SaveHandle:
-        """Save `state`, durable on return, as latest, and as best when the monitored metric in `metrics` is the best.
+        """Save `state`, as latest, and as best when the monitored metric in `metrics` is the best.
 
         Every rank. `epoch` counts finished epochs, `step` finished steps; give one or both. The file holds the keys
         of `state` (modules bare, with full state dicts) and epoch, step, metrics, run_id and the random-number states
         of all ranks. If it fails on any rank it raises the same error on all, and the previous checkpoint is intact.
+
+        Blocking, it is durable on return. With `block=False` it returns once the state is copied; the write goes on in
+        the background, the next save waits for it, and an error is raised on all ranks by the next `save`,
+        `should_stop` or `wait`. One more copy of the state is then held in memory on rank 0 (`restore` makes it ready).
         """
         self._check_open()
+        what = f"save a checkpoint in {self.run_dir}"
+        averages = (
+            {key: value for key, value in state.items() if isinstance(value, BestAverage)}
+            if hasattr(state, "items")
+            else {}
+        )
+        gathered: dict[str, Any] = {}
+        handles: list[saving.SaveHandle] = []
 
-        def contribute() -> dict[str, str]:
+        def contribute() -> dict[str, Any]:
             self._check_save(state, epoch, step)
             saving.plain_metrics(metrics)
-            return states.rng_state()
+            own = {key: value.value for key, value in state.items() if isinstance(value, states.PerRank)}
+            return {
+                "rng": states.rng_state(),
+                "own": {key: saving.packed(value) for key, value in states.gather(own).items()},
+            }
 
-        committed: list[checkpoints.Checkpoint] = []
+        def whole() -> dict[str, Any]:
+            others = {
+                key: value for key, value in state.items() if not isinstance(value, (BestAverage, states.PerRank))
+            }
+            return states.gather(others, is_main=self.is_main)
 
-        def decide(rng: list[dict[str, str]]) -> None:
+        def decide(contributions: list[dict[str, Any]]) -> None:
             assert self._saver is not None
             self.tensorboard.flush()
-            found = self._saver.save(state, epoch=epoch, step=step, metrics=saving.plain_metrics(metrics), rng=rng)
-            committed.append(found)
+            found = gathered or whole()
+            for key in contributions[0]["own"]:
+                found[key] = {"per_rank": [saving.unpacked(entry["own"][key]) for entry in contributions]}
+            handles.append(
+                self._saver.save(
+                    found,
+                    averages,
+                    model_keys={key: _key_of_model(state, average) for key, average in averages.items()},
+                    facts={"epoch": epoch, "step": step, "metrics": saving.plain_metrics(metrics)},
+                    rng=[entry["rng"] for entry in contributions],
+                    block=block,
+                )
+            )
 
-        what = f"save a checkpoint in {self.run_dir}"
-        try:
-            self._agreement.agree(what, decide, contribute)
-        except RankFailed as error:
-            self._failed_saves += 1
-            if self._on_save_error == "raise" or self._failed_saves >= _FAILURES_UNTIL_RAISE:
-                raise
-            self.logger.warning("%s; training goes on with the previous checkpoint", error)
-        else:
-            self._failed_saves = 0
-        return saving.SaveHandle(committed[0] if committed else None)
+        if isinstance(state, dict) and states.is_sharded(state):
+            self._agreement.agree(what, lambda _: None, lambda: self._check_save(state, epoch, step))
+            gathered = whole()
+        self._agreement.agree(what, decide, contribute)
+        return handles[0] if handles else saving.SaveHandle()
 
     def restore(self, state: Mapping[str, Any], name: str = "latest") -> Progress:
         """Load a checkpoint into the objects of `state` and continue the random numbers; say how far it had come.
@@ -176,13 +202,14 @@ class Run:
         chosen = self._agreement.agree(f"choose a checkpoint of {self.run_dir}", lambda _: self._choose(name))
         if chosen is None:
             self._must_restore = False
+            self._prepare_saves(state)
             return Progress(0, 0, {}, {}, None)
         path, renamed = Path(chosen["path"]), chosen["renamed"]
         loaded: dict[str, Any] = {}
 
         def load() -> None:
-            loaded.update(saving.load_file(path))
-            values = states.restore(state, loaded)
+            loaded.update(saving.load_file(path, mmap=saving.can_map(path)))
+            values = states.restore(state, loaded, self.rank)
             for average in state.values():
                 if isinstance(average, BestAverage):
                     average.locate(lambda member: path.parent / renamed.get(member, member))
@@ -191,6 +218,7 @@ class Run:
 
         self._agreement.agree(f"load {path}", lambda _: None, load)
         self._must_restore = False
+        self._prepare_saves(state)
         progress = Progress(
             loaded.get("epoch") or 0,
             loaded.get("step") or 0,
@@ -231,11 +259,13 @@ class Run:
         """
         self._check_open()
         self._preemption.watch()
-        received = self._agreement.agree(
-            "ask whether to stop",
-            lambda signals: next(filter(None, signals), None),
-            lambda: self._preemption.received,
-        )
+
+        def decide(signals: list[str | None]) -> str | None:
+            if self._saver is not None:
+                self._saver.poll()
+            return next(filter(None, signals), None)
+
+        received = self._agreement.agree("ask whether to stop", decide, lambda: self._preemption.received)
         if received is not None and not self._was_stopped:
             self._was_stopped = True
             if self.is_main:
@@ -243,12 +273,22 @@ class Run:
         return received is not None
 
     def wait(self) -> None:
-        """Return when every save is durable. Every rank."""
+        """Return when every save is durable; raises, on all ranks, the error of one that failed. Every rank."""
         self._check_open()
+
+        def decide(_: list[Any]) -> None:
+            assert self._saver is not None
+            self._saver.collect()
+
+        self._agreement.agree(f"end the saves in {self.run_dir}", decide)
 
     def finish(self) -> None:
         """End the run as completed (or preempted, after should_stop() said True). Any rank, not collective."""
         self._finish(self._status_after(None), None)
+
+    def _prepare_saves(self, state: Mapping[str, Any]) -> None:
+        if self._saver is not None:
+            self._saver.prepare(state)
 
     def _check_open(self) -> None:
         if not self._is_open:
@@ -278,6 +318,8 @@ class Run:
     def _choose(self, name: str) -> dict[str, Any] | None:
         """Pick the checkpoint to restore. Rank 0 only."""
         assert self._writer is not None
+        assert self._saver is not None
+        self._saver.collect()
         shelf = self._writer.shelf
         if name != "latest":
             public = self.path(name)
@@ -295,8 +337,11 @@ class Run:
                 checkpoints.verify(shelf.run, entry)
             except (CheckpointCorrupt, OSError) as error:
                 rejected.append(str(error))
+                self._writer.attempt.content["rejected"] = rejected  # written with the next record
                 self.logger.warning("not restoring %s: %s", entry.object_name, error)
             else:
+                if rejected:
+                    self._writer.attempt.write()
                 return _chosen(shelf, entry)
         if rejected:
             raise CheckpointCorrupt(
@@ -326,6 +371,16 @@ class Run:
         if os.getpid() == self._pid:
             self._finish(self._status_after(kind), getattr(sys, "last_value", None))
 
+    def _end_saves(self, error: BaseException | None) -> None:
+        """Wait for the save in flight; its failure must not hide the training's own error."""
+        assert self._saver is not None
+        try:
+            self._saver.close()
+        except (OSError, RuntimeError, MemoryError, RunError) as trouble:
+            self.logger.error("the last save failed: %s", trouble)  # noqa: TRY400
+            if error is None:
+                self._late_error = trouble
+
     def _finish(self, status: str, error: BaseException | None) -> None:
         """Write the status and give everything back; the run's own troubles never hide the training's error."""
         if not self._is_open:
@@ -337,6 +392,7 @@ class Run:
         try:
             self.tensorboard.close()
             if self._writer is not None:
+                self._end_saves(error)
                 _write_end(self._writer, status, error)
                 self.logger.info("run %s: %s", self.run_id, status)
         except (OSError, RunError) as trouble:
@@ -348,9 +404,17 @@ class Run:
                 self._writer.lease.release()
             self._logs.close()
             self._on_closed()
+        if self._late_error is not None:
+            raise self._late_error
 
 
-def _chosen(shelf: checkpoints.Shelf, entry: checkpoints.Checkpoint) -> dict[str, Any]:
+def _key_of_model(state: Mapping[str, Any], average: Average) -> str:
+    """Return the key under which the model of an average is saved, or nothing."""
+    modules = ((key, value) for key, value in state.items() if isinstance(value, nn.Module))
+    return next((key for key, value in modules if states.unwrap(value) is average.model), "")
+
+
+def _chosen(shelf: Shelf, entry: checkpoints.Checkpoint) -> dict[str, Any]:
     shown = f"{entry.object_name} ({', '.join(entry.names) or 'no public name'})"
     return {"path": str(entry.path_in(shelf.run)), "shown": shown, "renamed": entry.renamed}
 

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runmgr.disk import atomic, catalog, checkpoints, provenance, record
 from runmgr.disk import directory as directories
+from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunError, RunNotFound
-from runmgr.run import Run, SaveErrorPolicy, Writer
+from runmgr.run import Run, Writer
 from runmgr.worker import agreement as agreements
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from runmgr.disk.checkpoints import Keep, Mode
+    from runmgr.disk.checkpoints import Mode
+    from runmgr.disk.shelf import Keep, Shelf
     from runmgr.worker.agreement import Agreement
+    from runmgr.worker.saving import SaveErrorPolicy
 
 Resume = Literal["auto", "latest", "never"]
 _RESUMES = ("auto", "latest", "never")
@@ -204,7 +207,7 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
         raise InvalidInput(f"fork_from starts a new run, {other} continues one; give one of them")
     if isinstance(tags, str):
         raise InvalidInput(f"tags={tags!r} must be a list of words, such as [{tags!r}]")
-    if keep is not None and not isinstance(keep, checkpoints.Keep):
+    if keep is not None and not isinstance(keep, shelves.Keep):
         raise InvalidInput(f"keep={keep!r} must be a runmgr.Keep, such as Keep(last=3, every_n_epochs=10)")
     plain = provenance.plain_config(config)
     return _Request(
@@ -216,7 +219,7 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
         None if fork_from is None else os.fspath(fork_from),
         monitor,
         mode,
-        keep or checkpoints.Keep(),
+        keep or shelves.Keep(),
         tuple(directories.check_name(tag, "tag") for tag in tags),
     )
 
@@ -304,7 +307,7 @@ def _become_writer(request: _Request, choice: _Choice, places: list[dict[str, An
         checkpoints.accept_predecessors(attempt)
         run_record = record.RunRecord.read(run)
         _check_mode(request, run_record)
-        shelf = checkpoints.Shelf(attempt, run_record, monitor=request.monitor, mode=request.mode, keep=request.keep)
+        shelf = shelves.Shelf(attempt, run_record, monitor=request.monitor, mode=request.mode, keep=request.keep)
         shelf.sweep()
         shelf.repair_names()
         if choice.is_new:
@@ -363,7 +366,7 @@ def _fork_source(request: _Request) -> tuple[Path, checkpoints.Checkpoint | None
     return path, None
 
 
-def _fork(request: _Request, shelf: checkpoints.Shelf) -> None:
+def _fork(request: _Request, shelf: Shelf) -> None:
     """Bring the parent's checkpoint and the members of its averages into the new run, and record where they came from."""
     source, entry = _fork_source(request)
     originals = (entry.renamed or {name: name for name in entry.members}) if entry else {}

@@ -136,4 +136,7 @@ def test_every_command_and_flag_is_listed_here():
         "show": [["run"], *common],
         "path": [["run"], ["file"], *common],
         "latest": [["experiment"], *common],
+        "verify": [["run"], ["--deep"], *common],
+        "pin": [["run"], ["file"], *common],
+        "unpin": [["run"], ["file"], *common],
     }

@@ -1,4 +1,4 @@
-"""The command line: `runmgr ls | show | path | latest`. Never imports torch."""
+"""The command line: `runmgr ls | show | path | latest | verify | pin | unpin`. Never imports torch."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and flags."""
     import argparse
 
-    from runmgr.cli import look
+    from runmgr.cli import care, look
 
     parser = argparse.ArgumentParser(
-        prog="runmgr", description="Look at the runs of your trainings.", allow_abbrev=False
+        prog="runmgr", description="Look at and care for the runs of your trainings.", allow_abbrev=False
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(command=_version_or_help, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     look.add_commands(commands)
+    care.add_commands(commands)
     return parser
 
 

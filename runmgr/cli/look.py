@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable, Sequence
 
-_REFERENCE = "EXPERIMENT (its latest run), EXPERIMENT/latest, EXPERIMENT/best, EXPERIMENT/RUN_…, RUN_…, or a path"
-_SHORT_NAMES = {"latest": directory.LATEST_NAME, "best": directory.BEST_NAME, "average": directory.AVERAGE_NAME}
+REFERENCE = "EXPERIMENT (its latest run), EXPERIMENT/latest, EXPERIMENT/best, EXPERIMENT/RUN_…, RUN_…, or a path"
+SHORT_NAMES = {"latest": directory.LATEST_NAME, "best": directory.BEST_NAME, "average": directory.AVERAGE_NAME}
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -24,18 +24,23 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ls.add_argument("experiment", nargs="?", help="list this experiment's runs")
     ls.add_argument("-n", "--limit", type=_positive, default=20, help="how many runs to list (20)")
     show = commands.add_parser("show", help="show one run", allow_abbrev=False)
-    show.add_argument("run", help=_REFERENCE)
+    show.add_argument("run", help=REFERENCE)
     path = commands.add_parser("path", help="print where a run, or one of its files, lies", allow_abbrev=False)
-    path.add_argument("run", help=_REFERENCE)
+    path.add_argument("run", help=REFERENCE)
     path.add_argument("file", nargs="?", help="latest, best, average or a file name")
     latest = commands.add_parser("latest", help="print the id of the newest run with a checkpoint", allow_abbrev=False)
     latest.add_argument("experiment")
     for command, function in ((ls, _ls), (show, _show), (path, _path), (latest, _latest)):
-        command.add_argument(
-            "--root", help="where experiments lie ($RUNMGR_CKPT_ROOT_DIR, else the project's checkpoints/)"
-        )
-        command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(command=function)
+        add_common_options(command)
+
+
+def add_common_options(command: argparse.ArgumentParser) -> None:
+    """Declare what every command takes."""
+    command.add_argument(
+        "--root", help="where experiments lie ($RUNMGR_CKPT_ROOT_DIR, else the project's checkpoints/)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _positive(text: str) -> int:
@@ -46,39 +51,39 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _root(given: argparse.Namespace) -> Path:
+def root_of(given: argparse.Namespace) -> Path:
     """Return the root that is meant: a command belongs to the project it is typed in."""
     return directory.resolve_root(given.root) if given.root else directory.default_root(Path.cwd())
 
 
 def _latest(given: argparse.Namespace) -> int:
-    root = _root(given)
+    root = root_of(given)
     run_id = catalog.get_latest_run_id(given.experiment, root)
     if run_id is None:
         experiment = catalog.find_experiment(given.experiment, root)
         raise RunNotFound(f"no run in {experiment.path} has a {directory.LATEST_NAME} yet", path=str(experiment.path))
     path = root / given.experiment / run_id
-    _print_json({"run_id": run_id, "path": str(path)}) if given.json else print(run_id)
+    print_json({"run_id": run_id, "path": str(path)}) if given.json else print(run_id)
     return 0
 
 
 def _path(given: argparse.Namespace) -> int:
-    path = find(given.run, _root(given)).path
+    path = find(given.run, root_of(given)).path
     if given.file is not None:
-        path /= directory.check_name(_SHORT_NAMES.get(given.file, given.file), "file name")
+        path /= directory.check_name(SHORT_NAMES.get(given.file, given.file), "file name")
         if not path.exists():
             raise RunNotFound(f"there is no {path}", path=str(path))
-    _print_json({"path": str(path)}) if given.json else print(path)
+    print_json({"path": str(path)}) if given.json else print(path)
     return 0
 
 
 def _ls(given: argparse.Namespace) -> int:
-    root = _root(given)
+    root = root_of(given)
     if given.experiment is None:
         names = catalog.list_experiments(root)
         rows = [(name, catalog.get_latest_run_id(name, root) or "") for name in names if _is_name(name)]
         if given.json:
-            _print_json([{"experiment_name": name, "latest": latest or None} for name, latest in rows])
+            print_json([{"experiment_name": name, "latest": latest or None} for name, latest in rows])
         elif rows:
             _print_table(("EXPERIMENT", "LATEST RUN"), rows)
         else:
@@ -86,7 +91,7 @@ def _ls(given: argparse.Namespace) -> int:
         return 0
     runs = catalog.list_runs(given.experiment, root, limit=given.limit)
     if given.json:
-        _print_json([run.as_json() for run in runs])
+        print_json([run.as_json() for run in runs])
     elif runs:
         _print_table(("RUN", "STATUS", "ATTEMPT", "EPOCH", "STEP", "BEST", "TAGS"), map(_row, runs))
     else:
@@ -109,9 +114,9 @@ def _row(run: catalog.RunInfo) -> tuple[str, ...]:
 
 
 def _show(given: argparse.Namespace) -> int:
-    run = find(given.run, _root(given))
+    run = find(given.run, root_of(given))
     if given.json:
-        _print_json(run.as_json() | {"record": run.record})
+        print_json(run.as_json() | {"record": run.record})
         return 0
     record = run.record
     git, error = record.get("git") or {}, record.get("error") or {}
@@ -194,7 +199,8 @@ def _is_name(name: str) -> bool:
     return True
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Print what `--json` asks for."""
     import json
 
     print(json.dumps(value, indent=1, ensure_ascii=False, default=str))

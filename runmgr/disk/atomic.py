@@ -8,6 +8,7 @@ always names a path.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -25,6 +26,9 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, 524}
 _NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTSUP}
 _COPY_CHUNK_BYTES = 4 << 20
+_SLICE_BYTES = 4 << 20
+_WRITEBACK_BYTES = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 @contextmanager
@@ -68,9 +72,9 @@ def new_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
         try:
             try:
                 yield descriptor
-                os.fsync(descriptor)
                 if not mode & 0o222:
                     os.fchmod(descriptor, os.fstat(descriptor).st_mode & 0o555)
+                os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             os.replace(temporary, path)
@@ -111,6 +115,65 @@ def write_all(descriptor: int, content: bytes | memoryview) -> None:
     left = memoryview(content)
     while left:
         left = left[os.write(descriptor, left) :]
+
+
+class Stream:
+    """An open file's content, written in slices that reach the disk while the next ones are made.
+
+    Between two slices other threads run; and the kernel is asked to start writing every few megabytes, so that the
+    fsync at the end finds little left to do.
+    """
+
+    def __init__(self, descriptor: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        self._descriptor = descriptor
+        self._on_bytes = on_bytes
+        self._written = 0
+        self._started = 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write every byte; an OSError comes through as itself."""
+        view = memoryview(content).cast("B")
+        for start in range(0, len(view), _SLICE_BYTES):
+            part = view[start : start + _SLICE_BYTES]
+            write_all(self._descriptor, part)
+            self._written += len(part)
+            self._on_bytes(len(part))
+            if self._written - self._started >= _WRITEBACK_BYTES:
+                _start_writeback(self._descriptor, self._started, self._written - self._started)
+                self._started = self._written
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _start_writeback(descriptor: int, offset: int, size_bytes: int) -> None:
+    """Ask the kernel to begin writing these bytes, without waiting for it (Linux; elsewhere the fsync does it all).
+
+    Only a hint: its errors are left to the fsync, which reports them too.
+    """
+    function = _sync_file_range()
+    if function is not None:
+        function(descriptor, offset, size_bytes, _SYNC_FILE_RANGE_WRITE)
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes
+
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def free_bytes(directory: Path) -> int:
+    """Return how much this user can still write to the file system that holds `directory`."""
+    with naming(directory):
+        found = os.statvfs(directory)
+    return found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
 
 
 def create_bytes(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint objects, their public names, which is latest and best, what is kept, and whether the bytes are right.
+"""Checkpoint objects and what is known of them: records, order, which is better, pins, whether the bytes are right.
 
 An object is `.runmgr/checkpoints/<attempt>-<sequence>.pth`. It counts once its attempt's record lists it; the public
 names (`ckpt_latest.pth`, …) are further hard links to it. Order is (attempt, sequence), never mtime, never text.
@@ -7,26 +7,23 @@ names (`ckpt_latest.pth`, …) are further hard links to it. Order is (attempt, 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from runmgr.disk import atomic, record
-from runmgr.disk.directory import AVERAGE_NAME, BEST_NAME, LATEST_NAME, RunDirectory
-from runmgr.errors import CheckpointCorrupt, InvalidInput
+from runmgr.disk import atomic, integrity, record
+from runmgr.errors import CheckpointCorrupt, CheckpointNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
+
+    from runmgr.disk.directory import RunDirectory
 
 Mode = Literal["max", "min"]
 _OBJECT_NAME = re.compile(r"(\d{4,})-(\d{6,})\.pth")
-_READ_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,31 +80,6 @@ class Checkpoint:
         return cls(**values)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Which checkpoints stay: the `last` newest, the `best` best, and epochs or steps by number.
-
-    Latest, best, members of an average and pinned ones always stay: `last=0` keeps only those, `last=None` all.
-    """
-
-    last: int | None = 1
-    best: int = 1
-    epochs: tuple[int, ...] = ()
-    every_n_epochs: int | None = None
-    every_n_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
-        for name, least in (("last", 0), ("best", 0), ("every_n_epochs", 1), ("every_n_steps", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise InvalidInput(
-                    f"Keep({name}={value!r}): give a whole number, at least {least}"
-                    + ("; None keeps all" if name == "last" else "")
-                )
-        object.__setattr__(self, "epochs", tuple(self.epochs))
-
-
 def is_better(new: float | None, old: float | None, mode: Mode) -> bool:
     """Whether `new` beats `old`. Ties keep the old one; what is missing or not finite never wins."""
     if new is None or not math.isfinite(new):
@@ -133,24 +105,61 @@ def ranked(checkpoints: Iterable[Checkpoint], monitor: str | None, mode: Mode) -
 
 
 def read_all(run: RunDirectory) -> list[Checkpoint]:
-    """Return the run's committed checkpoints whose objects are there, oldest first.
+    """Return the run's committed checkpoints whose objects are there, oldest first."""
+    present = set(object_names(run))
+    return _owning_names([checkpoint for checkpoint in _committed(run) if checkpoint.object_name in present])
 
-    The newest attempt's record says up to which sequence number its predecessors are believed, and a public name
-    belongs to the newest checkpoint that claims it.
+
+def listed(run: RunDirectory) -> list[Checkpoint]:
+    """Return what `read_all` does, and those whose objects ought to be there and are not."""
+    return _owning_names(_committed(run))
+
+
+def _committed(run: RunDirectory) -> list[Checkpoint]:
+    return _read_records(run)[0]
+
+
+def dropped(run: RunDirectory) -> list[Checkpoint]:
+    """Return what retention decided to remove, which a kill may have left on disk."""
+    return _read_records(run)[1]
+
+
+def _read_records(run: RunDirectory) -> tuple[list[Checkpoint], list[Checkpoint]]:
+    """Return what the records list, oldest first, and what retention took from that.
+
+    The newest attempt's record says up to which sequence number its predecessors are believed, in what they added and
+    in what they dropped.
     """
     numbers = record.attempt_numbers(run)
     accepts = (record.read_json(run.attempt_path(numbers[-1])) or {}).get("accepts") if numbers else None
-    present = set(object_names(run))
     found: dict[tuple[int, int], Checkpoint] = {}
+    gone: dict[tuple[int, int], Checkpoint] = {}
     for number in numbers:
         limit = math.inf if number == numbers[-1] or accepts is None else accepts.get(str(number), 0)
-        for checkpoint in _recorded(run, number):
-            if checkpoint.object_name in present and (checkpoint.attempt == 0 or checkpoint.sequence <= limit):
+        removals = _dropped_by(run, number)
+        not_believed = [entry for entry, by in removals if by > limit]
+        for checkpoint in [*_recorded(run, number), *not_believed]:
+            if checkpoint.attempt < number or checkpoint.sequence <= limit:
                 found[checkpoint.order] = checkpoint
+        gone |= {entry.order: entry for entry, by in removals if by <= limit}
+    return [found[order] for order in sorted(found.keys() - gone.keys())], list(gone.values())
+
+
+def _dropped_by(run: RunDirectory, attempt: int) -> list[tuple[Checkpoint, int]]:
+    """Return what an attempt dropped, each with the sequence number of the save that did it."""
+    content = record.read_json(run.attempt_path(attempt)) or {}
+    try:
+        return [(Checkpoint.from_json(entry), int(entry["by"])) for entry in content.get("dropped", [])]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _owning_names(entries: list[Checkpoint]) -> list[Checkpoint]:
+    """Leave each public name to the newest checkpoint that claims it."""
     taken: set[str] = set()
     result = []
-    for _, checkpoint in sorted(found.items(), reverse=True):
-        result.append(_without_names(checkpoint, taken))
+    for checkpoint in reversed(entries):
+        result.append(without_names(checkpoint, taken))
         taken |= set(checkpoint.names)
     return result[::-1]
 
@@ -162,16 +171,68 @@ def accept_predecessors(attempt: record.Attempt) -> None:
     that was reported is accepted here.
     """
     earlier = [number for number in record.attempt_numbers(attempt.run) if number < attempt.number]
-    attempt.content["accepts"] = {
-        str(number): max((entry.sequence for entry in _recorded(attempt.run, number) if entry.attempt), default=0)
-        for number in earlier
-    }
+    attempt.content["accepts"] = {}
+    for number in earlier:
+        entries = _recorded(attempt.run, number)
+        last = max((entry.sequence for entry in entries if entry.attempt), default=0)
+        attempt.content["accepts"][str(number)] = last
+        if entries and "checkpoints" not in (record.read_json(attempt.run.attempt_path(number)) or {}):
+            rebuilt = {"attempt": number, "rebuilt": record.now_text(), "checkpoints": [e.as_json() for e in entries]}
+            atomic.write_json(attempt.run.attempt_path(number), {"format": record.FORMAT, **rebuilt})
     attempt.write()
 
 
 def _recorded(run: RunDirectory, attempt: int) -> list[Checkpoint]:
+    """Return what an attempt's record lists; where the record is lost or damaged, what its files say."""
     content = record.read_json(run.attempt_path(attempt)) or {}
-    return [Checkpoint.from_json(entry) for entry in content.get("checkpoints", [])]
+    try:
+        return [Checkpoint.from_json(entry) for entry in content["checkpoints"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return _rebuilt(run, attempt)
+
+
+def _rebuilt(run: RunDirectory, attempt: int) -> list[Checkpoint]:
+    """Make an attempt's list anew from its objects. An object that lies under its own name is whole: it was synced first."""
+    found = []
+    public = [run.path / name for name in os.listdir(run.path) if name.endswith(".pth")]
+    for name in sorted(object_names(run)):
+        number, sequence = map(int, name.removesuffix(".pth").split("-"))
+        if number != attempt and (number, attempt) != (0, 1):  # the first attempt lists what a fork brought along
+            continue
+        path = run.objects_path / name
+        try:
+            content = integrity.contents(path)
+            facts = {"size_bytes": path.stat().st_size, "digest": integrity.digest(path)}
+        except CheckpointCorrupt:
+            continue
+        members = tuple(dict.fromkeys(_members_in(content)))
+        is_fork = number == 0 and sequence == 1
+        renamed = {said: f"0000-{index:06d}.pth" for index, said in enumerate(members, 2)} if is_fork else {}
+        found.append(
+            Checkpoint.from_json({
+                "attempt": number,
+                "sequence": sequence,
+                "epoch": content.get("epoch"),
+                "step": content.get("step"),
+                "metrics": content.get("metrics") or {},
+                "names": [link.name for link in public if path.samefile(link)],
+                "members": tuple(renamed.values()) or members,
+                "renamed": renamed,
+                "kind": "average" if "average" in content and "epoch" not in content else
+                        "member" if number == 0 and not is_fork else "checkpoint",
+                **facts,
+            })
+        )  # fmt: skip
+    return found
+
+
+def _members_in(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the objects that the averages in a checkpoint are made of."""
+    for value in content.values():
+        members = value.get("members") if isinstance(value, dict) else None
+        for member in members if isinstance(members, list) else ():
+            if isinstance(member, dict) and isinstance(member.get("object"), str):
+                yield member["object"]
 
 
 def object_names(run: RunDirectory) -> Iterator[str]:
@@ -183,212 +244,69 @@ def object_names(run: RunDirectory) -> Iterator[str]:
     yield from (name for name in names if _OBJECT_NAME.fullmatch(name))
 
 
-class Shelf:
-    """A run's checkpoints as the live attempt sees and changes them. Rank 0 only."""
-
-    def __init__(
-        self,
-        attempt: record.Attempt,
-        run_record: record.RunRecord,
-        *,
-        monitor: str | None,
-        mode: Mode,
-        keep: Keep,
-    ) -> None:
-        self.run = attempt.run
-        self.attempt = attempt
-        self.run_record = run_record
-        self.monitor = monitor
-        self.mode: Mode = mode
-        self.keep = keep
-        self.entries = read_all(self.run)
-        self._sequence = 0
-        self._synced = False
-
-    @property
-    def checkpoints(self) -> list[Checkpoint]:
-        """Those to resume from, oldest first."""
-        return [entry for entry in self.entries if entry.kind == "checkpoint"]
-
-    @property
-    def latest(self) -> Checkpoint | None:
-        """The newest checkpoint."""
-        return max(self.checkpoints, key=lambda entry: entry.order, default=None)
-
-    @property
-    def best(self) -> Checkpoint | None:
-        """The best checkpoint by the monitored metric."""
-        return next(iter(ranked(self.entries, self.monitor, self.mode)), None)
-
-    def named(self, name: str) -> Checkpoint | None:
-        """Return the entry that owns a public name."""
-        return next((entry for entry in self.entries if name in entry.names), None)
-
-    def next(self, **facts: Any) -> Checkpoint:
-        """Return the next checkpoint to be written, not yet committed; raises Superseded."""
-        self.attempt.check_newest()
-        if not self._synced:
-            self.run.sync()
-            self._synced = True
-        self._sequence += 1
-        return Checkpoint(attempt=self.attempt.number, sequence=self._sequence, saved=record.now_text(), **facts)
-
-    def adopt(self, source: Path, *, sequence: int, **facts: Any) -> Checkpoint:
-        """Bring another run's file into this one, as a link where possible: the start of a fork."""
-        checkpoint = Checkpoint(attempt=0, sequence=sequence, saved=record.now_text(), **facts)
-        atomic.point_name(checkpoint.path_in(self.run), source)
-        return self.publish(checkpoint)
-
-    def publish(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Commit an object that lies on disk, swing the public names to it, then drop what need not stay.
-
-        Up to the commit nothing changed for anybody; after it the new checkpoint is found, whatever happens.
-        """
-        path = checkpoint.path_in(self.run)
-        checkpoint = dataclasses.replace(checkpoint, size_bytes=path.stat().st_size, digest=digest(path))
-        checkpoint = dataclasses.replace(checkpoint, names=self._names_for(checkpoint))
-        entries = [_without_names(entry, set(checkpoint.names)) for entry in self.entries] + [checkpoint]
-        self._commit(entries)
-        self.attempt.check_newest()
-        for name in checkpoint.names:
-            atomic.point_name(self.run.path / name, path)
-        self.run_record.update(latest=_summary(self.latest), best=_summary(self.best))  # syncs the names as well
-        self._retain()
-        manifest = {"format": record.FORMAT, "checkpoints": [entry.as_json() for entry in self.entries]}
-        atomic.write_derived_json(self.run.manifest_path, manifest)
-        return checkpoint
-
-    def repair_names(self) -> None:
-        """Point the public names at what the records say, after a predecessor died or woke up in between."""
-        for entry in self.entries:
-            for name in entry.names:
-                path, public = entry.path_in(self.run), self.run.path / name
-                if not _is_same_content(path, public):
-                    atomic.point_name(public, path)
-
-    def sweep(self) -> None:
-        """Remove what dead attempts left half-done: temporaries, and objects that no record lists."""
-        unlisted = set(object_names(self.run)) - {entry.object_name for entry in self.entries}
-        for directory in (
-            self.run.path,
-            self.run.private_path,
-            self.run.objects_path,
-            self.run.attempts_path,
-        ):
-            for name in os.listdir(directory):
-                if atomic.TEMPORARY in name or (directory == self.run.objects_path and name in unlisted):
-                    atomic.remove(directory / name)
-
-    def _commit(self, entries: list[Checkpoint]) -> None:
-        mine = {self.attempt.number} | ({0} if self.attempt.number == 1 else set())
-        self.attempt.content["checkpoints"] = [entry.as_json() for entry in entries if entry.attempt in mine]
-        self.attempt.write()
-        self.entries = entries
-
-    def _names_for(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        if checkpoint.kind != "checkpoint":
-            return (AVERAGE_NAME,) if checkpoint.kind == "average" else ()
-        best, names = self.best, [LATEST_NAME]
-        if self.monitor is not None and is_better(
-            checkpoint.metrics.get(self.monitor), best.metrics[self.monitor] if best else None, self.mode
-        ):
-            names.append(BEST_NAME)
-        several = self.keep.last is None or self.keep.last > 1
-        if several or self._is_kept_by_number(checkpoint) or (self.keep.best > 1 and self._is_among_best(checkpoint)):
-            names.append(self._own_name(checkpoint))
-        return tuple(names)
-
-    def _is_mid_epoch(self, checkpoint: Checkpoint) -> bool:
-        """Whether its epoch had a checkpoint at an earlier step, so that this one belongs to the epoch after."""
-        return any(
-            entry.epoch == checkpoint.epoch and (entry.step or 0) < (checkpoint.step or 0) for entry in self.checkpoints
-        )
-
-    def _is_kept_by_number(self, checkpoint: Checkpoint) -> bool:
-        keep, epoch, step = self.keep, checkpoint.epoch, checkpoint.step
-        if step and keep.every_n_steps and step % keep.every_n_steps == 0:
-            return True
-        by_epoch = epoch in keep.epochs or bool(epoch and keep.every_n_epochs and epoch % keep.every_n_epochs == 0)
-        return by_epoch and not self._is_mid_epoch(checkpoint)
-
-    def _is_among_best(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint in ranked([*self.entries, checkpoint], self.monitor, self.mode)[: self.keep.best]
-
-    def _own_name(self, checkpoint: Checkpoint) -> str:
-        if checkpoint.epoch is None or self._is_mid_epoch(checkpoint):
-            return f"ckpt_step_{checkpoint.step}.pth"
-        return f"ckpt_epoch_{checkpoint.epoch}.pth"
-
-    def _to_drop(self) -> list[Checkpoint]:
-        """Apply `keep`. Only what this run recorded is ever on the list."""
-        checkpoints, last = self.checkpoints, self.keep.last
-        stay = list(checkpoints if last is None else checkpoints[len(checkpoints) - max(last, 1) :])
-        stay += ranked(checkpoints, self.monitor, self.mode)[: max(self.keep.best, 1)]
-        stay += [
-            entry
-            for entry in checkpoints
-            if set(entry.names) - {LATEST_NAME, BEST_NAME} and self._is_kept_by_number(entry)
-        ]
-        stay += [entry for entry in self.entries if entry.kind == "average"][-1:]
-        orders = {entry.order for entry in stay}
-        members = {name for entry in stay for name in entry.members}
-        return [entry for entry in self.entries if entry.order not in orders and entry.object_name not in members]
-
-    def _retain(self) -> None:
-        dropped = self._to_drop()
-        for entry in dropped:
-            for name in entry.names:
-                atomic.remove(self.run.path / name)
-            atomic.remove(entry.path_in(self.run))
-        self.entries = [entry for entry in self.entries if entry not in dropped]
+def pinned_objects(run: RunDirectory) -> set[str]:
+    """Return the objects that stay whatever `keep` says."""
+    try:
+        return set(os.listdir(run.pins_path))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
-def _summary(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    if checkpoint is None:
-        return None
-    content = checkpoint.as_json()
-    return {name: content[name] for name in ("attempt", "sequence", "epoch", "step", "metrics", "size_bytes", "saved")}
+def pin(run: RunDirectory, name: str) -> Checkpoint:
+    """Let a checkpoint stay whatever `keep` says, under a public name of its own; also while the run is being trained."""
+    entry = _entry_named(run, name)
+    run.pins_path.mkdir(exist_ok=True)
+    atomic.write_bytes(run.pins_path / entry.object_name, b"")
+    try:
+        atomic.point_name(run.path / _pinned_name(entry), entry.path_in(run))
+    except FileNotFoundError:  # retention was quicker
+        atomic.remove(run.pins_path / entry.object_name)
+        raise _no_such_checkpoint(run, name) from None
+    atomic.sync_directory(run.path)
+    return entry
 
 
-def _without_names(entry: Checkpoint, names: set[str]) -> Checkpoint:
+def unpin(run: RunDirectory, name: str) -> Checkpoint:
+    """Take a pin back; the run's next save removes the file if `keep` says so."""
+    entry = _entry_named(run, name)
+    atomic.remove(run.pins_path / entry.object_name)
+    atomic.remove(run.path / _pinned_name(entry))
+    atomic.sync_directory(run.path)
+    return entry
+
+
+def _entry_named(run: RunDirectory, name: str) -> Checkpoint:
+    for entry in reversed(read_all(run)):
+        if name in (*entry.names, entry.object_name, _pinned_name(entry)):
+            return entry
+    raise _no_such_checkpoint(run, name)
+
+
+def _pinned_name(entry: Checkpoint) -> str:
+    what = f"epoch_{entry.epoch}" if entry.epoch is not None else f"step_{entry.step}"
+    return f"ckpt_pinned_{what}_{entry.object_name}"
+
+
+def _no_such_checkpoint(run: RunDirectory, name: str) -> CheckpointNotFound:
+    there = sorted({found for known in read_all(run) for found in known.names})
+    return CheckpointNotFound(f"run {run.run_id} has no {name}; it has {there}", path=str(run.path / name))
+
+
+def without_names(entry: Checkpoint, names: set[str]) -> Checkpoint:
+    """Return the entry as it is once others have taken `names`."""
     return dataclasses.replace(entry, names=tuple(name for name in entry.names if name not in names))
 
 
-def _is_same_content(path: Path, public: Path) -> bool:
+def is_same_content(path: Path, public: Path) -> bool:
+    """Whether a public name holds what the object holds, as a link or as a copy."""
     try:
-        return path.samefile(public) or digest(path) == digest(public)
+        return path.samefile(public) or integrity.digest(path) == integrity.digest(public)
     except (OSError, CheckpointCorrupt):
         return False
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of the file's central directory, which holds a CRC-32 for each record before it."""
-    try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            file.seek(archive.start_dir)
-            return hashlib.sha256(file.read()).hexdigest()
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise CheckpointCorrupt(
-            f"{path} is not a whole checkpoint: {error}", path=str(path), reason=str(error)
-        ) from error
-
-
-def verify(run: RunDirectory, checkpoint: Checkpoint) -> None:
+def verify(run: RunDirectory, checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> None:
     """Read the object through and raise CheckpointCorrupt, or OSError, unless it holds what was saved. Without torch."""
     path = checkpoint.path_in(run)
-    reason = None
-    if (size := path.stat().st_size) != checkpoint.size_bytes:
-        reason = f"it has {size} bytes, saved were {checkpoint.size_bytes}"
-    elif digest(path) != checkpoint.digest:
-        reason = "its table of contents is not the one that was saved"
-    else:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    with archive.open(name) as file:
-                        while file.read(_READ_CHUNK_BYTES):
-                            pass
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-            reason = str(error)
-    if reason:
-        raise CheckpointCorrupt(f"{path} is damaged: {reason}", path=str(path), reason=reason)
+    integrity.check_outline(path, size_bytes=checkpoint.size_bytes, expected_digest=checkpoint.digest)
+    integrity.check_content(path, on_bytes)

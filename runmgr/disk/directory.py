@@ -150,6 +150,11 @@ class RunDirectory(NamedTuple):
         return self.private_path / "checkpoints"
 
     @property
+    def pins_path(self) -> Path:
+        """Empty files, named by the objects that are to stay whatever `keep` says."""
+        return self.private_path / "pins"
+
+    @property
     def attempts_path(self) -> Path:
         """Where each attempt keeps its record."""
         return self.private_path / "attempts"

@@ -46,12 +46,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def attempt_numbers(run: RunDirectory) -> list[int]:
-    """Return the attempts that this run has had, in order; a listing, so that the file server answers."""
+    """Return the attempts that this run has had, in order; listings, so that the file server answers.
+
+    One whose record was lost is known by the checkpoints it left, so that its number is never given out again.
+    """
+    found = {name[:-5] for name in _names_in(run.attempts_path) if name.endswith(".json")}
+    found |= {name.partition("-")[0] for name in _names_in(run.objects_path)}
+    return sorted({int(number) for number in found if number.isdecimal()} - {0})
+
+
+def _names_in(directory: Path) -> list[str]:
     try:
-        names = os.listdir(run.attempts_path)
+        return os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal())
 
 
 class Attempt:

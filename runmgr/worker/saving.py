@@ -1,160 +1,346 @@
-"""State → committed checkpoint, and back. The one place that calls torch.save and torch.load."""
+"""State → committed checkpoint, now or in the background, and back. The one place that calls torch.save and torch.load."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import errno
+import io
+import os
+import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 
 import torch
 
 from runmgr.disk import atomic, checkpoints
-from runmgr.errors import CheckpointCorrupt, InvalidInput
+from runmgr.errors import CheckpointCorrupt, InvalidInput, RunError
+from runmgr.worker import staging
 from runmgr.worker import state as states
-from runmgr.worker.averaging import BestAverage
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from runmgr.worker.averaging import Average
+    from runmgr.disk.shelf import Shelf
+    from runmgr.worker.averaging import Average, BestAverage
 
-_SLICE_BYTES = 4 << 20
+SaveErrorPolicy = Literal["raise", "warn"]
+_FAILURES_UNTIL_RAISE = 3
+_PROGRESS_EVERY_S = 10.0
+_OVERHEAD_BYTES = 64 << 10
 
 
-@dataclass(frozen=True)
 class SaveHandle:
-    """What `Run.save` returns. `checkpoint` is the committed one on rank 0, None on the others."""
+    """What `Run.save` returns. Only rank 0's knows anything: the other ranks' `checkpoint` stays None."""
 
-    checkpoint: checkpoints.Checkpoint | None
+    def __init__(self) -> None:
+        self.checkpoint: checkpoints.Checkpoint | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the write has ended, well or not."""
+        return self._thread is None or self._ended.is_set()
 
     def wait(self) -> None:
-        """Return when the checkpoint is durable, which a blocking save already is."""
+        """Return when this rank's write has ended: rank 0's, since the others have none. `Run.wait` is for all ranks.
+
+        `checkpoint` is then the committed one; None if the save failed, which all ranks hear at the next `save`,
+        `should_stop` or `wait` of the run.
+        """
+        if self._thread is not None:
+            self._ended.wait()  # a join that Ctrl-C interrupts takes the thread for ended, up to Python 3.12
+            self._thread.join()
 
 
-class _Slices:
-    """A file for torch.save that hands its bytes to the kernel in slices, so that other threads run in between.
-
-    Unbuffered, it also lets an OSError through as itself, where torch.save on a path makes a RuntimeError of it.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def write(self, content: bytes | memoryview) -> int:
-        view = memoryview(content).cast("B")
-        for start in range(0, len(view), _SLICE_BYTES):
-            atomic.write_all(self._descriptor, view[start : start + _SLICE_BYTES])
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-
-def write_file(content: Mapping[str, Any], path: Path) -> None:
+def write_file(content: Mapping[str, Any], path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
     """Write `content` to `path`, which appears whole, durable and read-only."""
     crc = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
         with atomic.new_file(path, mode=0o444) as descriptor:
-            torch.save(content, cast("BinaryIO", _Slices(descriptor)))
+            torch.save(content, cast("BinaryIO", atomic.Stream(descriptor, on_bytes)))
     finally:
         torch.serialization.set_crc32_options(crc)
 
 
 def load_file(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Load a file with `weights_only=True`; raises CheckpointCorrupt when it is no whole checkpoint."""
+    """Load a file with `weights_only=True`; raises CheckpointCorrupt when it is no whole checkpoint.
+
+    With `mmap` the tensors are the file's own pages, which all processes of a host share: copy what is to stay.
+    """
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointCorrupt(f"{path} cannot be loaded: {error}", path=str(path), reason=str(error)) from error
 
 
-class Saver:
-    """Writes this run's checkpoints. Rank 0 only."""
+def can_map(path: Path) -> bool:
+    """Whether `load_file(mmap=True)` can read this format; torch's old one it cannot."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
-    def __init__(self, shelf: checkpoints.Shelf, run_id: str, logger: logging.Logger) -> None:
+
+def packed(value: Any) -> str:
+    """Return plain values and small tensors as text, to send them between ranks."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def unpacked(text: str) -> Any:
+    """Return what `packed` was given."""
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+
+
+class _InFlight:
+    """One save being written: by the caller, or by a thread."""
+
+    def __init__(self, save: _Prepared, handle: SaveHandle) -> None:
+        self.save = save
+        self.handle = handle
+        self.error: Exception | None = None
+
+
+@dataclasses.dataclass
+class _Prepared:
+    content: dict[str, Any]
+    checkpoint: checkpoints.Checkpoint
+    shared: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
+
+
+class Saver:
+    """Writes this run's checkpoints, one at a time. Rank 0 only; every method is called from the main thread."""
+
+    def __init__(self, shelf: Shelf, run_id: str, logger: logging.Logger, on_error: SaveErrorPolicy) -> None:
         self._shelf = shelf
         self._run_id = run_id
         self._logger = logger
-        self._warned = False
+        self._on_error = on_error
+        self._failures = 0
+        self._staging = staging.Staging()
+        self._in_flight: _InFlight | None = None
+        self._has_staged = False
+        self._warned: set[str] = set()
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Make the memory ready that a first `save(block=False)` of `state` will need; given back if it does block."""
+        size_bytes, on_gpu = states.expected_size(state)
+        self._staging.reserve(size_bytes, pinned=on_gpu)
 
     def save(
         self,
-        state: Mapping[str, Any],
+        gathered: dict[str, Any],
+        averages: Mapping[str, BestAverage],
         *,
-        epoch: int | None,
-        step: int | None,
-        metrics: dict[str, float],
+        model_keys: Mapping[str, str],
+        facts: dict[str, Any],
         rng: list[dict[str, str]],
-    ) -> checkpoints.Checkpoint:
-        """Serialise once, commit, name; the averages' new members then share these bytes."""
-        states.check_keys(state)
-        self._check_monitor(metrics)
-        plain = {key: value for key, value in state.items() if not isinstance(value, BestAverage)}
-        gathered = states.gather(plain)
-        bests = {key: value for key, value in state.items() if isinstance(value, BestAverage)}
-        checkpoint = self._shelf.next(epoch=epoch, step=step, metrics=metrics)
-        members: list[str] = []
-        shared = []
-        for key, average in bests.items():
-            model_key = next((name for name, value in plain.items() if _is_model_of(average, value)), "")
-            member = average.shared_member(gathered[model_key]) if model_key else None
-            gathered[key] = average.state_dict(member, checkpoint.object_name, model_key)
-            members += [entry["object"] for entry in gathered[key]["members"] if entry["object"]]
-            if member is not None:
-                shared.append((member, model_key))
-        own = {"epoch": epoch, "step": step, "metrics": metrics, "run_id": self._run_id, "rng": rng}
-        content = {key: gathered[key] for key in state} | own
-        published = self._write(content, checkpoint, members)
-        for member, model_key in shared:
-            member.weights, member.object_name, member.key = None, checkpoint.object_name, model_key
-            member.path = published.path_in(self._shelf.run)
-        return published
+        block: bool,
+    ) -> SaveHandle:
+        """Write a gathered state: serialise once, commit, name. Raises what `on_error` does not tolerate.
+
+        The averages' new members share the bytes of the model that is saved under `model_keys`.
+        """
+        self.collect()
+        handle = SaveHandle()
+        try:
+            in_flight = _InFlight(self._prepared(gathered, averages, model_keys, facts, rng), handle)
+            copied = None if block else self._staged(in_flight.save.content)
+            if copied is None:
+                if not self._has_staged:
+                    self._staging.release()
+                self._write(in_flight)
+        except (OSError, RuntimeError, MemoryError) as error:
+            self._failed(error)
+            return handle
+        self._in_flight = in_flight
+        if copied is None:
+            self.collect()
+            return handle
+        in_flight.save.content = copied
+        handle._thread = threading.Thread(target=self._write_behind, args=(in_flight,), name="runmgr-save")  # noqa: SLF001  # made for each other
+        handle._thread.start()  # noqa: SLF001  # as above
+        return handle
+
+    def collect(self) -> None:
+        """Wait for the save in flight, if any, and raise its error unless that is tolerated."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            return
+        try:
+            in_flight.handle.wait()
+        except BaseException:  # Ctrl-C while waiting: it is still being written
+            self._in_flight = in_flight
+            raise
+        if in_flight.error is not None:
+            self._failed(in_flight.error)
+            return
+        self._failures = 0
+        for member, key in in_flight.save.shared:
+            entry = in_flight.save.checkpoint
+            member.object_name, member.key, member.path = entry.object_name, key, entry.path_in(self._shelf.run)
+            member.weights = None
+
+    def poll(self) -> None:
+        """Do what `collect` does, unless the save in flight is not done yet."""
+        if self._in_flight is not None and self._in_flight.handle.is_done:
+            self.collect()
+
+    def close(self) -> None:
+        """End the save in flight and give the memory back; raises its error."""
+        self._on_error = "raise"
+        try:
+            self.collect()
+        finally:
+            self._staging.release()
 
     def save_average(self, average: Average) -> checkpoints.Checkpoint:
         """Write `average_model.pth`: {"net": …, "members": …}."""
+        self.collect()
         content = {
             "net": average._compute(states.module_state(average.model)),  # noqa: SLF001  # rank 0's part of it
             "members": average.describe(),
             "average": type(average).__name__,
             "run_id": self._run_id,
         }
-        return self._write(content, self._shelf.next(kind="average"), [])
+        self._check_space(content)
+        in_flight = _InFlight(_Prepared(content, self._shelf.next(kind="average")), SaveHandle())
+        self._write(in_flight)
+        return in_flight.save.checkpoint
 
-    def _write(
-        self, content: Mapping[str, Any], checkpoint: checkpoints.Checkpoint, members: list[str]
-    ) -> checkpoints.Checkpoint:
-        import dataclasses
-
-        start = time.perf_counter()
-        write_file(content, checkpoint.path_in(self._shelf.run))
+    def _prepared(
+        self,
+        gathered: dict[str, Any],
+        averages: Mapping[str, BestAverage],
+        model_keys: Mapping[str, str],
+        facts: dict[str, Any],
+        rng: list[dict[str, str]],
+    ) -> _Prepared:
+        self._check_monitor(facts["metrics"])
+        checkpoint = self._shelf.next(**facts)
+        members: list[str] = []
+        shared = []
+        for key, average in averages.items():
+            model_key = model_keys.get(key, "")
+            member = average.shared_member(gathered[model_key]) if model_key else None
+            gathered[key] = average.state_dict(member, checkpoint.object_name, model_key)
+            members += [entry["object"] for entry in gathered[key]["members"] if entry["object"]]
+            if member is not None:
+                shared.append((member, model_key))
+        content = gathered | facts | {"run_id": self._run_id, "rng": rng}
+        self._check_space(content)
         checkpoint = dataclasses.replace(checkpoint, members=tuple(dict.fromkeys(members)))
+        return _Prepared(content, checkpoint, shared)
+
+    def _check_space(self, content: Mapping[str, Any]) -> None:
+        """Raise before anything is copied or written when the file cannot fit."""
+        directory = self._shelf.run.objects_path
+        needed, free = staging.size_bytes_of(content) + _OVERHEAD_BYTES, atomic.free_bytes(directory)
+        if needed > free:
+            shown = f"the checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {shown}", str(directory))
+
+    def _staged(self, content: dict[str, Any]) -> dict[str, Any] | None:
+        """Copy the content, or say once why it has to be written while training waits."""
+        copied = self._staging.copy(staging.ordinary(content)) if staging.can_stage(content) else None
+        if copied is None:
+            why = (
+                "memory is short for a second copy of the state"
+                if staging.can_stage(content)
+                else "the state holds sparse tensors"
+            )
+            self._warn_once(f"{why}, so save(block=False) waits for the write")
+            return None
+        self._has_staged = True
+        return cast("dict[str, Any]", copied)
+
+    def _write_behind(self, in_flight: _InFlight) -> None:
+        try:
+            self._write(in_flight)
+        except Exception as error:  # noqa: BLE001  # the main thread raises it at the next collect()
+            in_flight.error = error
+        finally:
+            in_flight.save.content = {}
+            in_flight.handle._ended.set()  # noqa: SLF001  # as in save()
+
+    def _write(self, in_flight: _InFlight) -> None:
+        start = time.perf_counter()
+        checkpoint = in_flight.save.checkpoint
+        write_file(in_flight.save.content, checkpoint.path_in(self._shelf.run), self._progress(in_flight.save.content))
         published = self._shelf.publish(checkpoint)
+        in_flight.save.checkpoint = in_flight.handle.checkpoint = published
+        seconds = time.perf_counter() - start
         self._logger.info(
-            "saved %s: epoch %s, step %s, %.1f MB in %.2f s",
-            ", ".join(published.names),
-            published.epoch,
-            published.step,
-            published.size_bytes / 1e6,
-            time.perf_counter() - start,
-        )
-        return published
+            "saved %s: epoch %s, step %s, %.1f MB in %.2f s, %.2f GB/s",
+            ", ".join(published.names), published.epoch, published.step, published.size_bytes / 1e6, seconds,
+            published.size_bytes / 1e9 / seconds,
+        )  # fmt: skip
+        self._check_keep(published)
+
+    def _progress(self, content: Mapping[str, Any]) -> Callable[[int], None]:
+        """Return what tells the log, every ten seconds, how far a long save is."""
+        total, done, start = staging.size_bytes_of(content), 0, time.monotonic()
+        told = start
+
+        def advance(count: int) -> None:
+            nonlocal done, told
+            done += count
+            now = time.monotonic()
+            if now - told >= _PROGRESS_EVERY_S:
+                told = now
+                self._logger.info(
+                    "saving: %.2f of %.2f GB after %.0f s, %.2f GB/s",
+                    done / 1e9,
+                    total / 1e9,
+                    now - start,
+                    done / 1e9 / (now - start),
+                )
+
+        return advance
+
+    def _failed(self, error: Exception) -> None:
+        """Raise, or tell the log and the run's record and go on with the previous checkpoint."""
+        if isinstance(
+            error, RunError
+        ):  # a newer attempt writes here now, or the input was wrong: nothing to go on with
+            raise error
+        self._failures += 1
+        told = {"error": f"{type(error).__name__}: {error}", "in_a_row": self._failures}
+        try:
+            self._shelf.run_record.update(save_error=told)
+        except OSError as trouble:  # the same full disk, most likely
+            self._logger.warning("the failed save could not be recorded either: %s", trouble)
+        if self._on_error == "raise" or self._failures >= _FAILURES_UNTIL_RAISE:
+            raise error
+        self._logger.warning("a save failed: %s; training goes on with the previous checkpoint", told["error"])
+
+    def _check_keep(self, published: checkpoints.Checkpoint) -> None:
+        """Warn when the files that `keep` will collect cannot all lie on this disk."""
+        keep = self._shelf.keep
+        wanted = max(keep.last or 1, 1) + keep.best + len(keep.epochs) + 1
+        more, free = wanted - len(self._shelf.entries), atomic.free_bytes(self._shelf.run.objects_path)
+        if more * published.size_bytes > free:
+            self._warn_once(
+                f"{keep} collects {more} more files of {published.size_bytes / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are "
+                f"free: make room or keep fewer"
+            )
 
     def _check_monitor(self, metrics: dict[str, float]) -> None:
         monitor = self._shelf.monitor
-        if metrics and monitor is not None and monitor not in metrics and not self._warned:
-            self._warned = True
-            self._logger.warning(
-                "save() got the metrics %s but not %r, which start_run(monitor=…) watches: such a save never becomes best",
-                sorted(metrics),
-                monitor,
+        if metrics and monitor is not None and monitor not in metrics:
+            self._warn_once(
+                f"save() got the metrics {sorted(metrics)} but not {monitor!r}, which start_run(monitor=…) watches: such a "
+                f"save never becomes best"
             )
 
-
-def _is_model_of(average: BestAverage, value: Any) -> bool:
-    return isinstance(value, torch.nn.Module) and states.unwrap(value) is average.model
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._logger.warning("%s", text)
 
 
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:

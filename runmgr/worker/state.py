@@ -17,6 +17,7 @@ from torch import nn
 
 from runmgr.disk import provenance
 from runmgr.errors import InvalidInput
+from runmgr.worker.staging import map_tensors, tensors_in
 
 RESERVED_KEYS = ("epoch", "step", "metrics", "run_id", "rng")
 _LEAVES = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
@@ -36,22 +37,92 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the state dict of the bare module, with the keys that it has before any wrapping or compiling."""
-    found = {}
-    for key, tensor in unwrap(module).state_dict().items():
-        if type(tensor).__name__ == "DTensor":
+    found = _own_state(module)
+    for key, tensor in found.items():
+        if _is_sharded(tensor):
             raise InvalidInput(
-                f"{key!r} is a sharded DTensor; runmgr saves whole models so far, so gather it first "
-                f"(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+                f"{key!r} is a sharded DTensor, which runmgr saves and restores but does not average yet; average "
+                f"a whole model"
             )
-        found[key.replace("_orig_mod.", "")] = tensor
     return found
+
+
+def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    bare = unwrap(module)
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in bare.modules()):
+        raise InvalidInput(
+            "the model is wrapped in FullyShardedDataParallel (FSDP 1), which runmgr does not gather; use "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    return {key.replace("_orig_mod.", ""): tensor for key, tensor in bare.state_dict().items()}
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether this is a DTensor; nothing is imported to find out."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(value, tensors.DTensor)
+
+
+def is_sharded(state: Mapping[str, Any]) -> bool:
+    """Whether a module of `state` lies in shards, so that every rank must `gather`."""
+    return any(
+        isinstance(value, nn.Module) and any(_is_sharded(parameter) for parameter in value.parameters())
+        for value in state.values()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRank:
+    """What each rank has of its own; see `per_rank`."""
+
+    value: Any
+
+
+def per_rank(value: Any) -> PerRank:
+    """Mark an object of `state` as this rank's own, such as a data loader: each rank saves its, and gets its back.
+
+    Anything with `state_dict()` and `load_state_dict()`, or plain values. Small: it travels between the ranks. A rank
+    that the checkpoint does not know, because there were fewer, keeps what it has.
+    """
+    return PerRank(value)
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load what `module_state` gave into the bare module, strictly."""
     bare = unwrap(module)
-    own = {key.replace("_orig_mod.", ""): key for key in bare.state_dict()}
-    bare.load_state_dict({own.get(key, key): value for key, value in state.items()})
+    own = bare.state_dict()
+    names = {key.replace("_orig_mod.", ""): key for key in own}
+    found = {names.get(key, key): value for key, value in state.items()}
+    bare.load_state_dict({key: _sharded_like(own.get(key), value) for key, value in found.items()})
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a full state into an optimizer, whose parameters may lie in shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    own = dict(zip(numbers, parameters, strict=False))  # load_state_dict says it better when they do not match
+
+    def shard(number: Any, entry: Any) -> Any:
+        like = own.get(number)
+        if not isinstance(entry, Mapping) or not _is_sharded(like):
+            return entry
+        return {key: _sharded_like(like, value) for key, value in entry.items()}
+
+    parts = {number: shard(number, entry) for number, entry in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": parts})
+
+
+def _sharded_like(own: Any, full: Any) -> Any:
+    """Return this rank's part of a full tensor where `own` is a DTensor of its shape; anything else as it is."""
+    if not (_is_sharded(own) and isinstance(full, torch.Tensor) and full.shape == own.shape):
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = distribute_tensor(full.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    local = whole.to_local().clone()  # not a view that would keep the whole tensor in memory
+    return DTensor.from_local(
+        local, own.device_mesh, own.placements, run_check=False, shape=full.shape, stride=whole.stride()
+    )
 
 
 def check_keys(state: Mapping[str, Any]) -> None:
@@ -65,17 +136,53 @@ def check_keys(state: Mapping[str, Any]) -> None:
         )
 
 
-def gather(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `state` is worth saving: state dicts of what has one, plain values as they are.
+def gather(state: Mapping[str, Any], *, is_main: bool = True) -> dict[str, Any]:
+    """Return what `state` is worth saving: full state dicts of what has one, plain values as they are.
 
-    The result holds only what `torch.load(weights_only=True)` accepts; anything else is an error naming its key path.
+    Rank 0 alone, but every rank where `is_sharded`: a sharded tensor is made whole, one at a time, and kept on rank 0's
+    CPU only. The result holds only what `torch.load(weights_only=True)` accepts; anything else is an error naming its
+    key path.
     """
-    return {key: loadable(_state_of(value), key) for key, value in state.items()}
+    whole = {
+        key: map_tensors(_state_of(value), lambda tensor: _whole(tensor, is_main=is_main))
+        for key, value in state.items()
+    }
+    return {key: loadable(value, key) for key, value in whole.items()} if is_main else {}
+
+
+def _whole(tensor: torch.Tensor, *, is_main: bool) -> torch.Tensor | None:
+    if not _is_sharded(tensor):
+        return tensor
+    full = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full.cpu() if is_main else None
+
+
+def expected_size(state: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return how many bytes of tensors a save of `state` will hold, and whether some lie on a GPU.
+
+    An optimizer makes its state at its first step; until then two tensors a parameter are expected from those with
+    `betas`, one from those with `momentum`.
+    """
+    tensors: list[torch.Tensor] = []
+    expected = 0
+    for value in state.values():
+        if isinstance(value, nn.Module):
+            tensors += value.state_dict().values()
+        elif isinstance(value, torch.optim.Optimizer):
+            tensors += tensors_in(value.state_dict())
+            if not value.state:
+                copies = 2 if "betas" in value.defaults else int(bool(value.defaults.get("momentum")))
+                parameters = (parameter for group in value.param_groups for parameter in group["params"])
+                expected += copies * sum(parameter.nbytes + 64 for parameter in parameters)
+        elif isinstance(value, torch.Tensor):
+            tensors.append(value)
+    found = sum(tensor.nbytes + 64 for tensor in tensors if tensor.layout == torch.strided)
+    return found + expected, any(tensor.is_cuda for tensor in tensors)
 
 
 def _state_of(value: Any) -> Any:
     if isinstance(value, nn.Module):
-        return module_state(value)
+        return _own_state(value)
     if callable(getattr(value, "state_dict", None)):
         return value.state_dict()
     return value
@@ -109,10 +216,11 @@ def _key(key: Any, where: str) -> Any:
     raise InvalidInput(f"state[{where!r}] has the key {key!r}; only strings and numbers can be saved as keys")
 
 
-def restore(state: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
     """Load the saved parts back into the objects of `state`; returns the plain values, which have no place to go.
 
-    Raises InvalidInput when `saved` lacks a key of `state`; nothing is loaded then.
+    `saved` may be mapped from a file: whatever is kept of it is copied. Raises InvalidInput when it lacks a key of
+    `state`; nothing is loaded then.
     """
     if missing := [key for key in state if key not in saved]:
         raise InvalidInput(
@@ -121,12 +229,21 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any
         )
     values = {}
     for key, target in state.items():
-        if isinstance(target, nn.Module):
-            load_module_state(target, saved[key])
-        elif callable(getattr(target, "load_state_dict", None)):
-            target.load_state_dict(saved[key])
+        part, owner = saved[key], target
+        if isinstance(target, PerRank):
+            if rank >= len(part["per_rank"]):
+                continue
+            part, owner = part["per_rank"][rank], target.value
+        if isinstance(owner, nn.Module):
+            load_module_state(owner, part)
+            continue
+        part = map_tensors(part, torch.clone)
+        if isinstance(owner, torch.optim.Optimizer):
+            load_optimizer_state(owner, part)
+        elif callable(getattr(owner, "load_state_dict", None)):
+            owner.load_state_dict(part)
         else:
-            values[key] = saved[key]
+            values[key] = part
     return values
 
 

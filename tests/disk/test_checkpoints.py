@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from runmgr.disk import atomic, checkpoints, directory, record
-from runmgr.disk.checkpoints import Keep, is_better
+from runmgr.disk import shelf as shelf_module
+from runmgr.disk.checkpoints import is_better
+from runmgr.disk.shelf import Keep
 from runmgr.errors import CheckpointCorrupt, InvalidInput, RunBusy, Superseded
 
 
@@ -25,7 +27,7 @@ def run(tmp_path):
 def _shelf(run, *, keep=None, monitor="acc", mode="max"):
     attempt = record.Attempt.begin(run, {})
     checkpoints.accept_predecessors(attempt)
-    shelf = checkpoints.Shelf(attempt, record.RunRecord.read(run), monitor=monitor, mode=mode, keep=keep or Keep())
+    shelf = shelf_module.Shelf(attempt, record.RunRecord.read(run), monitor=monitor, mode=mode, keep=keep or Keep())
     shelf.sweep()
     shelf.repair_names()
     return shelf
@@ -34,7 +36,7 @@ def _shelf(run, *, keep=None, monitor="acc", mode="max"):
 def _save(shelf, epoch=None, step=None, acc=None, **facts):
     metrics = {} if acc is None else {"acc": acc}
     checkpoint = shelf.next(epoch=epoch, step=step, metrics=metrics, **facts)
-    torch.save({"epoch": epoch, "step": step, "acc": acc}, checkpoint.path_in(shelf.run))
+    torch.save({"epoch": epoch, "step": step, "metrics": metrics, "acc": acc}, checkpoint.path_in(shelf.run))
     return shelf.publish(checkpoint)
 
 
@@ -210,12 +212,31 @@ def test_verify_finds_damage(run, damage):
         checkpoints.verify(run, entry)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"checkpoints": []}', b"\xff\xfe", b"[" * 100_000])
-def test_a_damaged_record_hides_only_its_own_checkpoints(run, content):
-    _save(_shelf(run, keep=Keep(last=None)), 1)
-    _save(_shelf(run, keep=Keep(last=None)), 2)
-    run.attempt_path(1).write_bytes(content)
-    assert [entry.epoch for entry in checkpoints.read_all(run)] == [2]
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"checkpoints": 1}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_a_lost_or_damaged_record_is_rebuilt_from_the_files(run, content, attempt):
+    _save(_shelf(run, keep=Keep(last=None)), 1, 10, acc=1)
+    _save(_shelf(run, keep=Keep(last=None)), 2, 20, acc=2)
+    before = checkpoints.read_all(run)
+    path = run.attempt_path(attempt)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    after = checkpoints.read_all(run)
+    facts = ("order", "epoch", "step", "metrics", "size_bytes", "digest", "kind")
+    assert [[getattr(entry, name) for name in facts] for entry in after] == [
+        [getattr(entry, name) for name in facts] for entry in before
+    ]
+    assert _owned(after) == _owned(before)
+    third = _shelf(run, keep=Keep(last=None))
+    assert third.attempt.number == 3
+    assert "checkpoints" in json.loads(path.read_text())
+    _save(third, 3)
+    assert _names(run) == {"latest": 3, "best": 2, "epoch_1": 1, "epoch_2": 2, "epoch_3": 3}
+
+
+def _owned(entries):
+    return {name: entry.order for entry in entries for name in entry.names}
 
 
 def test_fields_of_a_later_version_are_read_over(run):

@@ -1,0 +1,114 @@
+"""`verify`, `pin` and `unpin`: are the checkpoints whole, and which of them stay."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from runmgr.cli import look
+from runmgr.disk import checkpoints, directory, integrity
+from runmgr.errors import CheckpointCorrupt
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+_REDRAW_S = 0.1
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the commands of this file."""
+    verify = commands.add_parser("verify", help="check that a run's checkpoints are whole", allow_abbrev=False)
+    verify.add_argument("run", help=look.REFERENCE)
+    verify.add_argument("--deep", action="store_true", help="read every byte, not only sizes and tables of contents")
+    verify.set_defaults(command=_verify)
+    look.add_common_options(verify)
+    for name, function, text in (
+        ("pin", _pin, "let a checkpoint stay whatever Keep says"),
+        ("unpin", _unpin, "leave a pinned checkpoint to Keep again"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("run", help=look.REFERENCE)
+        command.add_argument("file", nargs="?", default="latest", help="latest (the default), best or a file name")
+        command.set_defaults(command=function)
+        look.add_common_options(command)
+
+
+def _verify(given: argparse.Namespace) -> int:
+    """Check each object against its record and each public name against its object; status 1 if anything is wrong."""
+    run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
+    entries = checkpoints.listed(run)
+    bar = _Bar(sum(entry.size_bytes for entry in entries)) if given.deep else None
+    found: list[dict[str, Any]] = [
+        {"file": entry.object_name, "names": list(entry.names), "problem": _problem(run, entry, bar)}
+        for entry in entries
+    ]
+    if bar is not None:
+        bar.close()
+    damaged = [item for item in found if item["problem"]]
+    if given.json:
+        look.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": found})
+    else:
+        for item in found:
+            print(f"{'DAMAGED' if item['problem'] else 'ok':<8} {item['file']}  {', '.join(item['names'])}".rstrip())
+            if item["problem"]:
+                print(f"         {item['problem']}")
+        how = "every byte read" if given.deep else "sizes and tables of contents; --deep reads every byte"
+        print(f"{len(found)} checkpoints of {run.run_id}, {len(damaged)} damaged ({how})")
+    return 1 if damaged else 0
+
+
+def _problem(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Bar | None) -> str | None:
+    path = entry.path_in(run)
+    try:
+        if bar is None:
+            integrity.check_outline(path, size_bytes=entry.size_bytes, expected_digest=entry.digest)
+        else:
+            checkpoints.verify(run, entry, bar.advance)
+        for name in entry.names:
+            if not checkpoints.is_same_content(path, run.path / name):
+                return f"{run.path / name} is missing or holds something else"
+    except (CheckpointCorrupt, OSError) as error:
+        return str(error)
+    return None
+
+
+class _Bar:
+    """How far it is, on a terminal; nothing anywhere else."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._total, self._done, self._drawn = max(total_bytes, 1), 0, 0.0
+        self._is_shown = sys.stderr.isatty()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._is_shown and time.monotonic() - self._drawn > _REDRAW_S:
+            self._drawn = time.monotonic()
+            part = min(1.0, self._done / self._total)
+            print(
+                f"\r[{'#' * round(30 * part):<30}] {part:4.0%} of {self._total / 1e9:.2f} GB", end="", file=sys.stderr
+            )
+
+    def close(self) -> None:
+        if self._is_shown:
+            print("\r\033[K", end="", file=sys.stderr)
+
+
+def _pin(given: argparse.Namespace) -> int:
+    return _change(given, checkpoints.pin, "pinned")
+
+
+def _unpin(given: argparse.Namespace) -> int:
+    return _change(given, checkpoints.unpin, "not pinned any more")
+
+
+def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
+    run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
+    name = directory.check_name(look.SHORT_NAMES.get(given.file, given.file), "file name")
+    entry: Any = change(run, name)
+    if given.json:
+        look.print_json(entry.as_json())
+    else:
+        print(f"{entry.object_name} (epoch {entry.epoch}, step {entry.step}) is {said}")
+    return 0

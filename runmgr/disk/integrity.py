@@ -1,0 +1,158 @@
+"""Whether a checkpoint file holds, bit for bit, what was saved, and what it says of itself. Never imports torch.
+
+`torch.save` writes a zip whose table of contents holds a CRC-32 for each record. The digest pins everything outside the
+records (the table, headers, padding), so digest and CRCs together cover every byte of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from runmgr.errors import CheckpointCorrupt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from io import FileIO
+    from pathlib import Path
+
+_CHUNK_BYTES = 1 << 20
+_LOCAL_HEADER_BYTES = 30
+_LENGTHS = struct.Struct("<HH")  # of the name and the extra field, the last four bytes of a local header
+
+
+class _Record(NamedTuple):
+    name: str
+    start: int
+    size_bytes: int
+    crc: int
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of the bytes that no CRC covers: a few kilobytes, so a file just written is not read again."""
+    with _damage_named(path), path.open("rb", buffering=0) as file:
+        seen, position = hashlib.sha256(), 0
+        size_bytes = file.seek(0, 2)
+        for entry in _records(path, file):
+            _read(file, position, entry.start - position, seen.update)
+            position = entry.start + entry.size_bytes
+        _read(file, position, size_bytes - position, seen.update)
+        return seen.hexdigest()
+
+
+def check_outline(path: Path, *, size_bytes: int, expected_digest: str) -> None:
+    """Raise CheckpointCorrupt, or OSError, unless size and digest are the ones recorded: cheap, the data is not read."""
+    if (found := path.stat().st_size) != size_bytes:
+        raise _damaged(path, f"it has {found} bytes, saved were {size_bytes}")
+    if digest(path) != expected_digest:
+        raise _damaged(path, "its headers or its table of contents are not the ones that were saved")
+
+
+def check_content(path: Path, on_bytes: Callable[[int], object] = lambda _: None) -> None:
+    """Read every record and raise CheckpointCorrupt, naming it, unless its CRC-32 is right; `on_bytes` hears the progress."""
+    with _damage_named(path), path.open("rb", buffering=0) as file:
+        for entry in _records(path, file):
+            crc = 0
+
+            def add(part: memoryview) -> None:
+                nonlocal crc
+                crc = zlib.crc32(part, crc)
+                on_bytes(len(part))
+
+            _read(file, entry.start, entry.size_bytes, add)
+            if crc != entry.crc:
+                raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """Return the plain part of what was saved: numbers, texts, lists and dicts; tensors and other objects as None.
+
+    Nothing in the file is run: every class and function it names is replaced by one that does nothing.
+    """
+    with _damage_named(path), zipfile.ZipFile(path) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+        if name is None:
+            raise _damaged(path, "it holds no data.pkl, so torch.save did not write it")
+        with archive.open(name) as file:
+            try:
+                found = _PlainUnpickler(file).load()
+            except (pickle.UnpicklingError, AttributeError, TypeError, IndexError, KeyError) as error:
+                raise _damaged(path, f"its data.pkl cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for any class or function that a pickle names; takes whatever it is given and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        """Forget it."""
+
+    def append(self, _: Any) -> None:
+        """Forget it."""
+
+    def extend(self, _: Any) -> None:
+        """Forget it."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert
+
+    def persistent_load(self, _: Any) -> None:
+        return None
+
+
+def _records(path: Path, file: FileIO) -> Iterator[_Record]:
+    """Yield where the data of each record lies, in the order of the file."""
+    with zipfile.ZipFile(path) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    end = 0
+    for entry in entries:
+        file.seek(entry.header_offset)
+        header = file.read(_LOCAL_HEADER_BYTES)
+        start = entry.header_offset + len(header) + sum(_LENGTHS.unpack(header[-_LENGTHS.size :]))
+        if entry.compress_type != zipfile.ZIP_STORED or entry.header_offset < end:
+            raise zipfile.BadZipFile(f"the record {entry.filename!r} does not lie as torch.save puts it")
+        end = start + entry.compress_size
+        yield _Record(entry.filename, start, entry.compress_size, entry.CRC)
+
+
+def _read(file: FileIO, start: int, size_bytes: int, take: Callable[[memoryview], object]) -> None:
+    if start < 0 or size_bytes < 0:
+        raise zipfile.BadZipFile("its records overlap")
+    file.seek(start)
+    buffer = memoryview(bytearray(min(_CHUNK_BYTES, size_bytes)))
+    while size_bytes:
+        count = file.readinto(buffer[: min(len(buffer), size_bytes)])
+        if not count:
+            raise EOFError("it ends too early")
+        take(buffer[:count])
+        size_bytes -= count
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged zip may raise into CheckpointCorrupt."""
+    try:
+        yield
+    except (
+        zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, NotImplementedError,
+        RuntimeError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
+        raise _damaged(path, str(error) or type(error).__name__) from error
+
+
+def _damaged(path: Path, reason: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(f"{path} is damaged: {reason}", path=str(path), reason=reason)

@@ -1,0 +1,88 @@
+"""The copy that a background save writes: equal bits, the same sharing, reused memory, and a way out when memory is short."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from runmgr.worker import staging
+
+
+@pytest.fixture
+def stage():
+    found = staging.Staging()
+    yield found
+    found.release()
+
+
+def _file_size(value) -> int:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return len(buffer.getvalue())
+
+
+def test_the_copy_has_the_same_bits_shapes_and_sharing(stage):
+    base = torch.arange(12.0)
+    state = OrderedDict(
+        a=base.view(3, 4), tied=base, part=base[4:8], turned=base.view(3, 4).t(), empty=torch.empty(0, 3),
+        half=torch.randn(5).bfloat16(), number=torch.tensor(7), flags=torch.tensor([True, False]), z=torch.randn(2).cfloat(),
+        nested=[{"x": (torch.ones(3), 5, "text", None)}, torch.Size([1, 2])],
+    )  # fmt: skip
+    copied = stage.copy(staging.ordinary(state))
+    assert type(copied) is OrderedDict
+    pairs = list(zip(staging.tensors_in(state), staging.tensors_in(copied), strict=True))
+    assert len(pairs) == 10
+    for original, copy in pairs:
+        assert (copy.dtype, copy.shape, copy.stride()) == (original.dtype, original.shape, original.stride())
+        assert torch.equal(copy, original)
+        assert original.numel() == 0 or copy.data_ptr() != original.data_ptr()
+    assert copied["nested"][0]["x"][1:] == (5, "text", None)
+    assert _file_size(copied) == _file_size(state), "what shared memory still does, and padding is not written"
+    base.fill_(-1)
+    assert copied["a"][2, 3] == 11
+
+
+def test_the_memory_is_reused_by_the_next_copy(stage):
+    first = stage.copy({"a": torch.zeros(1000), "b": torch.zeros(10)})
+    where = first["a"].data_ptr()
+    second = stage.copy({"a": torch.ones(1000), "b": torch.ones(10)})
+    assert second["a"].data_ptr() == where
+    assert second["a"].sum() + second["b"].sum() == 1010
+
+
+def test_reserved_memory_is_used_and_more_is_added_when_it_does_not_do(stage):
+    stage.reserve(5000, pinned=False)
+    stage.settle()
+    (block,) = stage._blocks
+    copied = stage.copy({"a": torch.ones(1000), "b": torch.ones(1000)})
+    assert copied["a"].sum() + copied["b"].sum() == 2000
+    assert stage._blocks[0] is block
+    assert len(stage._blocks) == 2
+
+
+def test_where_memory_is_short_nothing_is_copied(stage, monkeypatch):
+    monkeypatch.setattr(staging, "available_bytes", lambda: 1000)
+    assert stage.copy({"a": torch.ones(1000)}) is None
+    stage.reserve(4000, pinned=False)
+    stage.settle()
+    assert stage._blocks == []
+
+
+def test_what_is_available_is_asked_of_the_kernel():
+    assert 1 << 20 < staging.available_bytes() < 1 << 50
+
+
+def test_gradients_and_conjugation_do_not_travel(stage):
+    state = {"p": torch.nn.Parameter(torch.ones(2)), "c": torch.ones(2, dtype=torch.cfloat).mul(1j).conj()}
+    copied = stage.copy(staging.ordinary(state))
+    assert not copied["p"].requires_grad
+    assert torch.equal(copied["c"], torch.full((2,), -1j))
+    assert not copied["c"].is_conj()
+
+
+def test_sparse_tensors_are_known_not_to_be_copied_here():
+    assert staging.can_stage({"a": torch.ones(1)})
+    assert not staging.can_stage({"a": torch.ones(2, 2).to_sparse()})
