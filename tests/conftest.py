@@ -64,7 +64,7 @@ def _skip_without(item) -> None:
     """`@pytest.mark.needs("strace")`: skipped with a reason where the tool is missing, but never in CI."""
     import shutil
 
-    (tool,) = item.get_closest_marker("needs").args
-    missing = os.geteuid() != 0 if tool == "root" else shutil.which(tool) is None
-    if missing and not os.environ.get("RUNMGR_NO_SKIPS"):
-        item.add_marker(pytest.mark.skip(reason=f"needs {tool}"))
+    for (tool,) in (marker.args for marker in item.iter_markers("needs")):
+        missing = os.geteuid() != 0 if tool == "root" else shutil.which(tool) is None
+        if missing and not os.environ.get("RUNMGR_NO_SKIPS"):
+            item.add_marker(pytest.mark.skip(reason=f"needs {tool}"))

@@ -127,15 +127,20 @@ class Stream:
     def __init__(self, descriptor: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         self._descriptor = descriptor
         self._on_bytes = on_bytes
+        self.error: OSError | None = None
         self._written = 0
         self._started = 0
 
     def write(self, content: bytes | memoryview) -> int:
-        """Write every byte; an OSError comes through as itself."""
+        """Write every byte; an OSError is also kept in `error`, for callers that lose it."""
         view = memoryview(content).cast("B")
         for start in range(0, len(view), _SLICE_BYTES):
             part = view[start : start + _SLICE_BYTES]
-            write_all(self._descriptor, part)
+            try:
+                write_all(self._descriptor, part)
+            except OSError as error:
+                self.error = error
+                raise
             self._written += len(part)
             self._on_bytes(len(part))
             if self._written - self._started >= _WRITEBACK_BYTES:

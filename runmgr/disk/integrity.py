@@ -120,11 +120,11 @@ def _records(path: Path, file: FileIO) -> Iterator[_Record]:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     end = 0
     for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.header_offset < end:
+            raise zipfile.BadZipFile(f"the record {entry.filename!r} does not lie as torch.save puts it")
         file.seek(entry.header_offset)
         header = file.read(_LOCAL_HEADER_BYTES)
         start = entry.header_offset + len(header) + sum(_LENGTHS.unpack(header[-_LENGTHS.size :]))
-        if entry.compress_type != zipfile.ZIP_STORED or entry.header_offset < end:
-            raise zipfile.BadZipFile(f"the record {entry.filename!r} does not lie as torch.save puts it")
         end = start + entry.compress_size
         yield _Record(entry.filename, start, entry.compress_size, entry.CRC)
 

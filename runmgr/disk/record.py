@@ -174,7 +174,7 @@ class Lease:
 
 
 def _watch(run: RunDirectory) -> Callable[[], bool]:
-    """Return a question: has the mark been refreshed since? Asking removes the mark of a holder that is a zombie here."""
+    """Return a question: has the mark been refreshed since? Asking removes the mark of a dead one."""
 
     def stamp() -> int | None:
         try:
@@ -185,11 +185,12 @@ def _watch(run: RunDirectory) -> Callable[[], bool]:
     def shows_life() -> bool:
         if stamp() not in {first, None}:
             return True
-        if holder.get("host") == this_host() and _is_zombie(holder.get("pid")):  # filelock takes it for alive
+        is_dead_here = holder.get("host") == this_host() and not _is_alive(holder.get("pid"))  # or a zombie
+        if is_dead_here or time.monotonic() - start > LEASE_S:  # filelock keeps a mark that a power cut left empty
             atomic.remove(run.lease_path)
         return False
 
-    first, holder = stamp(), newest_record(run)
+    first, holder, start = stamp(), newest_record(run), time.monotonic()
     return shows_life
 
 

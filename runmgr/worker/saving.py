@@ -62,7 +62,11 @@ def write_file(content: Mapping[str, Any], path: Path, on_bytes: Callable[[int],
     torch.serialization.set_crc32_options(True)
     try:
         with atomic.new_file(path, mode=0o444) as descriptor:
-            torch.save(content, cast("BinaryIO", atomic.Stream(descriptor, on_bytes)))
+            stream = atomic.Stream(descriptor, on_bytes)
+            try:
+                torch.save(content, cast("BinaryIO", stream))
+            except RuntimeError as error:  # torch's own, when the disk refused the end of the file
+                raise stream.error or error from None
     finally:
         torch.serialization.set_crc32_options(crc)
 

@@ -71,11 +71,17 @@ def in_child(function: Callable[[], Any]) -> Any:
     return ended.value
 
 
-def with_fault(function: Callable[[], Any], log: Path, *, call: str, nth: int, fault: str) -> Ended:
-    """Run `function` in a child whose nth system call named `call` meets `fault` (strace's words, as "error=EIO")."""
-    pid, answers = _fork(function, stopped=True)
+def with_fault(
+    function: Callable[..., Any], log: Path, *, call: str, nth: int, fault: str, setup: Callable[[], Any] | None = None
+) -> Ended:
+    """Run `function` in a child whose nth system call named `call` meets `fault` (strace's words, as "error=EIO").
+
+    With `setup`, the child first calls it without any fault, and `function` gets what it returned. Threads count their
+    calls each for itself.
+    """
+    pid, answers = _fork(function, stopped=True, setup=setup)
     os.waitpid(pid, os.WUNTRACED)
-    command = ["strace", "-q", "-o", str(log), "-p", str(pid), "-e", f"trace={call}"]
+    command = ["strace", "-f", "-q", "-o", str(log), "-p", str(pid), "-e", f"trace={call}"]
     with subprocess.Popen([*command, "-e", f"inject={call}:{fault}:when={nth}"], stderr=subprocess.DEVNULL) as tracer:
         deadline = time.monotonic() + _LIMIT_S
         while _tracer_of(pid) == 0:
@@ -106,7 +112,9 @@ def every_point(function: Callable[[], Any], log: Path, *, calls: tuple[str, ...
     return points
 
 
-def _fork(function: Callable[[], Any], *, stopped: bool) -> tuple[int, socket.socket]:
+def _fork(
+    function: Callable[..., Any], *, stopped: bool, setup: Callable[[], Any] | None = None
+) -> tuple[int, socket.socket]:
     ours, theirs = socket.socketpair()  # answers travel by sendto, which no test breaks
     pid = os.fork()
     if pid:
@@ -114,10 +122,11 @@ def _fork(function: Callable[[], Any], *, stopped: bool) -> tuple[int, socket.so
         return pid, ours
     try:
         ours.close()
+        given = () if setup is None else (setup(),)
         if stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
         try:
-            answer = Ended(value=function())
+            answer = Ended(value=function(*given))
         except BaseException as error:  # noqa: BLE001  # the parent judges
             answer = Ended(error=error)
         theirs.sendall(pickle.dumps(answer))
