@@ -1,0 +1,131 @@
+"""What a background save costs the training: how long it stalls, and how much slower the steps are while it is written.
+
+    python benchmarks/async_save.py [--size-mib 512] [--tensor-mib 8] [--rounds 7]
+
+Stall: the call's own time, against a memcpy of the same bytes into warm memory. Steps: a loop of small matrix products
+in one compute thread, counted while the write goes on, against the steps beside a thread that writes the same bytes raw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import runmgr
+from runmgr.disk import atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SLICE_BYTES = 4 << 20
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size-mib", type=int, default=512)
+    parser.add_argument("--tensor-mib", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", default=None, help="where to write (a temporary directory)")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    for tensor_mib in given.tensor_mib:
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            _measure(Path(folder), given.size_mib, tensor_mib, given.rounds)
+
+
+def _measure(folder: Path, size_mib: int, tensor_mib: int, rounds: int) -> None:
+    state = {f"layer{index}": torch.rand(tensor_mib << 18) for index in range(size_mib // tensor_mib)}
+    module = torch.nn.ParameterDict(
+        {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in state.items()}
+    )
+    warm = [torch.empty_like(tensor).fill_(0) for tensor in state.values()]
+    stalls: list[float] = []
+    copies: list[float] = []
+    with runmgr.start_run("bench", ckpt_root_dir=folder / "runs") as run:
+        run.restore({"net": module})
+        time.sleep(2)  # the first epoch would take longer
+
+        def background(turn: int) -> Callable[[], bool]:
+            start = time.perf_counter()
+            handle = run.save({"net": module}, step=turn, block=False)
+            stalls.append(time.perf_counter() - start)
+            return lambda: handle.is_done
+
+        writers: dict[str, Callable[[int], Callable[[], bool]]] = {
+            "raw writes in a thread": lambda _: _in_thread(lambda: _raw(folder / "raw.bin", state)),
+            "runmgr, block=False": background,
+            "torch.save(path) in a thread": lambda _: _in_thread(lambda: _torch(folder / "torch.pth", state)),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in writers}
+        worst: dict[str, list[float]] = {name: [] for name in writers}
+        dice = random.Random(0)
+        for turn in range(1, rounds + 1):
+            start = time.perf_counter()
+            for target, tensor in zip(warm, state.values(), strict=True):
+                target.copy_(tensor)
+            copies.append(time.perf_counter() - start)
+            for name in dice.sample(list(writers), len(writers)):
+                os.sync()
+                time.sleep(0.3)
+                steps_a_second, longest = _train(writers[name](turn))
+                rates[name].append(steps_a_second)
+                worst[name].append(longest)
+    copy = statistics.median(copies)
+    print(f"\n{size_mib} MiB in tensors of {tensor_mib} MiB, {rounds} rounds")
+    stall = statistics.median(stalls)
+    print(f"stall {stall * 1e3:.1f} ms = {stall / copy:.2f} x memcpy ({copy * 1e3:.1f} ms)", end="")
+    print(f", first {stalls[0] / copy:.2f}, worst {max(stalls) / copy:.2f}")
+    print("| | steps against raw | worst step ms, median |\n|---|---|---|")
+    for name in writers:
+        ratios = [rate / raw for rate, raw in zip(rates[name], rates["raw writes in a thread"], strict=True)]
+        print(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) ", end="")
+        print(f"| {statistics.median(worst[name]) * 1e3:.1f} |")
+
+
+def _train(is_done: Callable[[], bool]) -> tuple[float, float]:
+    matrix = torch.rand(256, 256)
+    count, longest, start = 0, 0.0, time.perf_counter()
+    while not is_done():
+        before = time.perf_counter()
+        matrix @ matrix
+        longest = max(longest, time.perf_counter() - before)
+        count += 1
+    return count / (time.perf_counter() - start), longest
+
+
+def _in_thread(function: Callable[[], None]) -> Callable[[], bool]:
+    thread = threading.Thread(target=function)
+    thread.start()
+    return lambda: not thread.is_alive()
+
+
+def _raw(path: Path, state: dict[str, torch.Tensor]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for tensor in state.values():
+        view = memoryview(tensor.numpy()).cast("B")
+        for start in range(0, len(view), _SLICE_BYTES):
+            atomic.write_all(descriptor, view[start : start + _SLICE_BYTES])
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _torch(path: Path, state: dict[str, torch.Tensor]) -> None:
+    torch.save(state, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()
