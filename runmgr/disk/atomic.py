@@ -29,6 +29,7 @@ _COPY_CHUNK_BYTES = 4 << 20
 _SLICE_BYTES = 4 << 20
 _WRITEBACK_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
+_UNKNOWN_BYTES = 1 << 62
 
 
 @contextmanager
@@ -175,9 +176,11 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def free_bytes(directory: Path) -> int:
-    """Return how much this user can still write to the file system that holds `directory`."""
+    """Return how much this user can still write to the file system that holds `directory`, as far as it says."""
     with naming(directory):
         found = os.statvfs(directory)
+    if not found.f_blocks:  # some FUSE file systems know nothing of their size
+        return _UNKNOWN_BYTES
     return found.f_frsize * (found.f_bfree if os.geteuid() == 0 else found.f_bavail)
 
 

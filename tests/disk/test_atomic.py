@@ -236,3 +236,10 @@ def test_json_is_utf8_strict_and_keeps_undecodable_file_names(folder):
     with pytest.raises(ValueError, match="Out of range float"):
         atomic.write_json(folder / "name", {"x": float("nan")})
     assert os.listdir(folder) == ["name"]
+
+
+def test_a_file_system_that_does_not_know_its_size_refuses_nothing(tmp_path):
+    assert 0 < atomic.free_bytes(tmp_path) < 1 << 50
+    size = os.statvfs("/proc")
+    assert size.f_blocks == 0
+    assert atomic.free_bytes(type(tmp_path)("/proc")) == 1 << 62
