@@ -20,7 +20,7 @@ import torch
 import runmgr
 from runmgr.disk import checkpoints, directory
 
-CUTS = int(os.environ.get("RUNMGR_POWER_CUTS", "8"))
+CUTS = int(os.environ.get("RUNMGR_POWER_CUTS", "4"))
 _SHUTDOWN, _WITHOUT_JOURNAL = 0x8004587D, 2
 
 

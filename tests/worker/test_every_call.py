@@ -1,6 +1,6 @@
 """A save is killed, or refused by the disk, at each of its system calls; whatever was there before is still there.
 
-All points are tried where RUNMGR_ALL_POINTS is set, as in CI; otherwise every eighth, a different set for each case.
+All points are tried where RUNMGR_ALL_POINTS is set, as in CI; otherwise every twentieth, a different set for each case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from runmgr.disk import checkpoints, directory
 
 CALLS = ("openat", "write", "fsync", "link,linkat", "rename,renameat,renameat2", "unlink,unlinkat", "mkdir,mkdirat")
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE", "EINTR")
-STEP = 1 if os.environ.get("RUNMGR_ALL_POINTS") else 8
+STEP = 1 if os.environ.get("RUNMGR_ALL_POINTS") else 20
 CASES = ("first", "overwriting", "retention", "background", "average")
 
 
