@@ -182,7 +182,7 @@ run.save({"net": model}, epoch=2, block=False)
 @pytest.mark.parametrize(
     ("ending", "code", "epochs"),
     [("", 0, {2}), ("raise ValueError('x')", 1, {2}), ("time.sleep(30)", -signal.SIGTERM, {1, 2}),
-     ("time.sleep(30)", -signal.SIGINT, {1, 2}), 
+     ("time.sleep(30)", -signal.SIGINT, {1, 2}),
      ("run.wait(); time.sleep(30)", -signal.SIGINT, {1, 2})],
 )  # fmt: skip
 def test_whatever_ends_the_process_the_new_or_the_old_checkpoint_is_whole(root, ending, code, epochs):
