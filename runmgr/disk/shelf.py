@@ -97,9 +97,6 @@ class Shelf:
     def next(self, **facts: Any) -> Checkpoint:
         """Return the next checkpoint to be written, not yet committed; raises Superseded."""
         self.attempt.check_newest()
-        if not self._synced:
-            self.run.sync()
-            self._synced = True
         self._sequence += 1
         return Checkpoint(attempt=self.attempt.number, sequence=self._sequence, saved=record.now_text(), **facts)
 
@@ -115,6 +112,9 @@ class Shelf:
         Up to the commit nothing changed for anybody; after it the new checkpoint is found, whatever happens.
         """
         path = checkpoint.path_in(self.run)
+        if not self._synced:
+            self.run.sync()
+            self._synced = True
         checkpoint = dataclasses.replace(checkpoint, size_bytes=path.stat().st_size, digest=integrity.digest(path))
         checkpoint = dataclasses.replace(checkpoint, names=self._names_for(checkpoint))
         self.entries = [without_names(entry, set(checkpoint.names)) for entry in self.entries] + [checkpoint]

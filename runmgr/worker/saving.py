@@ -30,6 +30,7 @@ SaveErrorPolicy = Literal["raise", "warn"]
 _FAILURES_UNTIL_RAISE = 3
 _PROGRESS_EVERY_S = 10.0
 _OVERHEAD_BYTES = 64 << 10
+_HEAD_START_S = 0.005
 
 
 class SaveHandle:
@@ -263,6 +264,7 @@ class Saver:
         return cast("dict[str, Any]", copied)
 
     def _write_behind(self, in_flight: _InFlight) -> None:
+        time.sleep(_HEAD_START_S)  # let save() return first: the pickling ahead needs the interpreter lock as well
         try:
             self._write(in_flight)
         except Exception as error:  # noqa: BLE001  # the main thread raises it at the next collect()
