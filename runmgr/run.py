@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import nn
 
-from runmgr.disk import checkpoints, directory
-from runmgr.errors import CheckpointCorrupt, CheckpointNotFound, InvalidInput, RunError
+from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import logs, preemption, saving
+from runmgr.worker import loading, logs, preemption, saving
 from runmgr.worker import state as states
 from runmgr.worker.averaging import Average, BestAverage
 
@@ -22,16 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
+    from runmgr.disk.directory import RunDirectory
     from runmgr.disk.record import Attempt, Lease, RunRecord
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.agreement import Agreement
     from runmgr.worker.saving import SaveErrorPolicy
-
-_SHORT_NAMES = {
-    "latest": directory.LATEST_NAME,
-    "best": directory.BEST_NAME,
-    "average": directory.AVERAGE_NAME,
-}
 
 
 class Progress(NamedTuple):
@@ -66,7 +60,7 @@ class Run:
 
     def __init__(
         self,
-        run: directory.RunDirectory,
+        directory: RunDirectory,
         agreement: Agreement,
         writer: Writer | None,
         *,
@@ -77,22 +71,23 @@ class Run:
         on_save_error: SaveErrorPolicy,
         on_closed: Callable[[], None],
     ) -> None:
-        self.run_id = run.run_id
-        self.run_dir = run.path
-        self.experiment_name = run.path.parent.name
+        self.run_id = directory.run_id
+        self.run_dir = directory.path
+        self.experiment_name = directory.path.parent.name
         self.rank = agreement.ranks.rank
         self.world_size = agreement.ranks.world_size
         self.is_main = agreement.ranks.is_main
         self.attempt = attempt
         self.resumed = resumed
         self.config = config
+        self._directory = directory
         self._agreement = agreement
         self._writer = writer
         self._on_closed = on_closed
-        self._logs = logs.Logs(run.log_path(started, self.rank), on_console=self.is_main)
+        self._logs = logs.Logs(directory.log_path(started, self.rank), on_console=self.is_main)
         self.logger: logging.Logger = self._logs.logger
         self.log_handler: logging.Handler = self._logs.handler
-        self.tensorboard = logs.TensorBoard(run.path) if self.is_main else logs.NoTensorBoard()
+        self.tensorboard = logs.TensorBoard(directory.path) if self.is_main else logs.NoTensorBoard()
         self._saver = saving.Saver(writer.shelf, self.run_id, self.logger, on_save_error) if writer else None
         self._preemption = preemption.Preemption()
         self._must_restore = False
@@ -116,7 +111,7 @@ class Run:
 
     def path(self, name: str) -> Path:
         """Return a file's place in the run directory; "latest", "best" and "average" stand for their checkpoints."""
-        return self.run_dir / directory.check_name(_SHORT_NAMES.get(name, name), "file name")
+        return self._directory.public_path(name)
 
     def log_scalars(self, scalars: Mapping[str, Any], *, step: int) -> None:
         """Write scalars to TensorBoard at `step`. Any rank may call; only rank 0's values are written."""
@@ -173,7 +168,7 @@ class Run:
             self.tensorboard.flush()
             found = gathered or whole()
             for key in contributions[0]["own"]:
-                found[key] = {"per_rank": [saving.unpacked(entry["own"][key]) for entry in contributions]}
+                found[key] = {"per_rank": [loading.unpacked(entry["own"][key]) for entry in contributions]}
             handles.append(
                 self._saver.save(
                     found,
@@ -199,16 +194,18 @@ class Run:
         that the checkpoint lacks is an error, further keys in the file are ignored.
         """
         self._check_open()
-        chosen = self._agreement.agree(f"choose a checkpoint of {self.run_dir}", lambda _: self._choose(name))
+        self.wait()
+        shelf = None if self._writer is None else self._writer.shelf
+        chosen = loading.choose(self._agreement, self._directory, shelf, name, self.logger)
         if chosen is None:
             self._must_restore = False
             self._prepare_saves(state)
             return Progress(0, 0, {}, {}, None)
-        path, renamed = Path(chosen["path"]), chosen["renamed"]
+        path, renamed = chosen.path, chosen.renamed
         loaded: dict[str, Any] = {}
 
         def load() -> None:
-            loaded.update(saving.load_file(path, mmap=saving.can_map(path)))
+            loaded.update(loading.load_file(path, mmap=loading.can_map(path)))
             values = states.restore(state, loaded, self.rank)
             for average in state.values():
                 if isinstance(average, BestAverage):
@@ -228,7 +225,7 @@ class Run:
         )
         if isinstance(self.tensorboard, logs.TensorBoard):
             self.tensorboard.resume_after(progress.step)
-            self.logger.info("restored %s: epoch %d, step %d", chosen["shown"], progress.epoch, progress.step)
+            self.logger.info("restored %s: epoch %d, step %d", chosen.shown, progress.epoch, progress.step)
         return progress
 
     def load(self, name_or_path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
@@ -239,7 +236,7 @@ class Run:
             raise CheckpointNotFound(f"there is no {path}", path=str(path))
         if map_location == "cuda":
             map_location = f"cuda:{self._agreement.ranks.local_rank}"
-        return saving.load_file(path, map_location=map_location)
+        return loading.load_file(path, map_location=map_location)
 
     def save_average(self, average: Average) -> Path:
         """Write the average as `average_model.pth`: {"net": …, "members": …}, durable on return. Every rank."""
@@ -315,43 +312,6 @@ class Run:
                         f"give both the same"
                     )
 
-    def _choose(self, name: str) -> dict[str, Any] | None:
-        """Pick the checkpoint to restore. Rank 0 only."""
-        assert self._writer is not None
-        assert self._saver is not None
-        self._saver.collect()
-        shelf = self._writer.shelf
-        if name != "latest":
-            public = self.path(name)
-            entry = shelf.named(public.name)
-            if entry is not None:
-                checkpoints.verify(shelf.run, entry)
-                return _chosen(shelf, entry)
-            if public.exists():
-                return {"path": str(public), "shown": public.name, "renamed": {}}
-            there = sorted({found for known in shelf.checkpoints for found in known.names})
-            raise CheckpointNotFound(f"run {self.run_id} has no {public.name}; it has {there}", path=str(public))
-        rejected = []
-        for entry in reversed(shelf.checkpoints):
-            try:
-                checkpoints.verify(shelf.run, entry)
-            except (CheckpointCorrupt, OSError) as error:
-                rejected.append(str(error))
-                self._writer.attempt.content["rejected"] = rejected  # written with the next record
-                self.logger.warning("not restoring %s: %s", entry.object_name, error)
-            else:
-                if rejected:
-                    self._writer.attempt.write()
-                return _chosen(shelf, entry)
-        if rejected:
-            raise CheckpointCorrupt(
-                f"none of the {len(rejected)} checkpoints of {self.run_dir} is whole: " + "; ".join(rejected),
-                path=str(self.run_dir),
-                reason="none is whole",
-            )
-        foreign = self.path("latest")  # saved by another program, such as super-gradients
-        return {"path": str(foreign), "shown": foreign.name, "renamed": {}} if foreign.exists() else None
-
     def _continue_random_numbers(self, rng: list[dict[str, str]]) -> None:
         if self.rank < len(rng):
             states.restore_rng(rng[self.rank])
@@ -412,11 +372,6 @@ def _key_of_model(state: Mapping[str, Any], average: Average) -> str:
     """Return the key under which the model of an average is saved, or nothing."""
     modules = ((key, value) for key, value in state.items() if isinstance(value, nn.Module))
     return next((key for key, value in modules if states.unwrap(value) is average.model), "")
-
-
-def _chosen(shelf: Shelf, entry: checkpoints.Checkpoint) -> dict[str, Any]:
-    shown = f"{entry.object_name} ({', '.join(entry.names) or 'no public name'})"
-    return {"path": str(entry.path_in(shelf.run)), "shown": shown, "renamed": entry.renamed}
 
 
 def _write_end(writer: Writer, status: str, error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,12 @@ class _Bar:
 
     def __init__(self, total_bytes: int) -> None:
         self._total, self._done, self._drawn = max(total_bytes, 1), 0, 0.0
+        self._lock = threading.Lock()
         self._is_shown = sys.stderr.isatty()
 
     def advance(self, count: int) -> None:
-        self._done += count
+        with self._lock:
+            self._done += count
         if self._is_shown and time.monotonic() - self._drawn > _REDRAW_S:
             self._drawn = time.monotonic()
             part = min(1.0, self._done / self._total)
@@ -105,7 +108,7 @@ def _unpin(given: argparse.Namespace) -> int:
 
 def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
     run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
-    name = directory.check_name(look.SHORT_NAMES.get(given.file, given.file), "file name")
+    name = run.public_path(given.file).name
     entry: Any = change(run, name)
     if given.json:
         look.print_json(entry.as_json())

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 REFERENCE = "EXPERIMENT (its latest run), EXPERIMENT/latest, EXPERIMENT/best, EXPERIMENT/RUN_…, RUN_…, or a path"
-SHORT_NAMES = {"latest": directory.LATEST_NAME, "best": directory.BEST_NAME, "average": directory.AVERAGE_NAME}
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,7 +69,7 @@ def _latest(given: argparse.Namespace) -> int:
 def _path(given: argparse.Namespace) -> int:
     path = find(given.run, root_of(given)).path
     if given.file is not None:
-        path /= directory.check_name(SHORT_NAMES.get(given.file, given.file), "file name")
+        path = directory.RunDirectory(path).public_path(given.file)
         if not path.exists():
             raise RunNotFound(f"there is no {path}", path=str(path))
     print_json({"path": str(path)}) if given.json else print(path)

@@ -305,8 +305,17 @@ def is_same_content(path: Path, public: Path) -> bool:
         return False
 
 
-def verify(run: RunDirectory, checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> None:
-    """Read the object through and raise CheckpointCorrupt, or OSError, unless it holds what was saved. Without torch."""
+def verify(
+    run: RunDirectory,
+    checkpoint: Checkpoint,
+    on_bytes: Callable[[int], object] = lambda _: None,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Read the object through and raise CheckpointCorrupt, or OSError, unless it holds what was saved. Without torch.
+
+    `share` (i, n) leaves the other n - 1 shares of its records to others.
+    """
     path = checkpoint.path_in(run)
     integrity.check_outline(path, size_bytes=checkpoint.size_bytes, expected_digest=checkpoint.digest)
-    integrity.check_content(path, on_bytes)
+    integrity.check_content(path, on_bytes, share=share)

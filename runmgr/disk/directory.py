@@ -26,6 +26,7 @@ RUN_ID_FORMAT = "RUN_%Y%m%d_%H%M%S_%f"
 LATEST_NAME = "ckpt_latest.pth"
 BEST_NAME = "ckpt_best.pth"
 AVERAGE_NAME = "average_model.pth"
+SHORT_NAMES = {"latest": LATEST_NAME, "best": BEST_NAME, "average": AVERAGE_NAME}
 _RUN_ID = re.compile(r"RUN_(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)_(\d{6})")
 _NAME_LIMIT_BYTES = 200
 _ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
@@ -128,6 +129,10 @@ class RunDirectory(NamedTuple):
     def run_id(self) -> str:
         """The directory's own name."""
         return self.path.name
+
+    def public_path(self, name: str) -> Path:
+        """Return a file's place for everybody to see; "latest", "best" and "average" stand for their checkpoints."""
+        return self.path / check_name(SHORT_NAMES.get(name, name), "file name")
 
     @property
     def record_path(self) -> Path:

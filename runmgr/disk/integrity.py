@@ -7,14 +7,17 @@ records (the table, headers, padding), so digest and CRCs together cover every b
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import struct
 import zipfile
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from runmgr.disk.atomic import naming
 from runmgr.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
+_THREADS = 4
 _LOCAL_HEADER_BYTES = 30
 _LENGTHS = struct.Struct("<HH")  # of the name and the extra field, the last four bytes of a local header
 
@@ -38,7 +42,7 @@ def digest(path: Path) -> str:
     """Return the SHA-256 of the bytes that no CRC covers: a few kilobytes, so a file just written is not read again."""
     with _damage_named(path), path.open("rb", buffering=0) as file:
         seen, position = hashlib.sha256(), 0
-        size_bytes = file.seek(0, 2)
+        size_bytes = os.fstat(file.fileno()).st_size
         for entry in _records(path, file):
             _read(file, position, entry.start - position, seen.update)
             position = entry.start + entry.size_bytes
@@ -54,10 +58,19 @@ def check_outline(path: Path, *, size_bytes: int, expected_digest: str) -> None:
         raise _damaged(path, "its headers or its table of contents are not the ones that were saved")
 
 
-def check_content(path: Path, on_bytes: Callable[[int], object] = lambda _: None) -> None:
-    """Read every record and raise CheckpointCorrupt, naming it, unless its CRC-32 is right; `on_bytes` hears the progress."""
+def check_content(
+    path: Path, on_bytes: Callable[[int], object] = lambda _: None, *, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Read the records and raise CheckpointCorrupt, naming one, unless its CRC-32 is right.
+
+    `share` (i, n) is the i-th of n parts, about equal in bytes, to be read by as many processes; one that reads all
+    uses several threads, and `on_bytes` hears from each how many bytes they are on.
+    """
+    index, count = share
     with _damage_named(path), path.open("rb", buffering=0) as file:
-        for entry in _records(path, file):
+        records = sorted(_records(path, file), key=lambda entry: -entry.size_bytes)[index::count]
+
+        def check(entry: _Record) -> None:
             crc = 0
 
             def add(part: memoryview) -> None:
@@ -68,6 +81,16 @@ def check_content(path: Path, on_bytes: Callable[[int], object] = lambda _: None
             _read(file, entry.start, entry.size_bytes, add)
             if crc != entry.crc:
                 raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
+
+        if count > 1:
+            for entry in records:
+                check(entry)
+            return
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                list(pool.map(check, records))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -132,21 +155,22 @@ def _records(path: Path, file: FileIO) -> Iterator[_Record]:
 def _read(file: FileIO, start: int, size_bytes: int, take: Callable[[memoryview], object]) -> None:
     if start < 0 or size_bytes < 0:
         raise zipfile.BadZipFile("its records overlap")
-    file.seek(start)
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, size_bytes)))
-    while size_bytes:
-        count = file.readinto(buffer[: min(len(buffer), size_bytes)])
+    end = start + size_bytes
+    while start < end:
+        count = os.preadv(file.fileno(), [buffer[: end - start]], start)
         if not count:
             raise EOFError("it ends too early")
         take(buffer[:count])
-        size_bytes -= count
+        start += count
 
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     """Turn what reading a damaged zip may raise into CheckpointCorrupt."""
     try:
-        yield
+        with naming(path):
+            yield
     except (
         zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, NotImplementedError,
         RuntimeError, RecursionError, MemoryError,

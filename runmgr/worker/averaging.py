@@ -223,7 +223,7 @@ class _Member:
             raise RunError(
                 f"the member {self.object_name} of the average has no file; restore it through Run.restore()"
             )
-        from runmgr.worker.saving import load_file
+        from runmgr.worker.loading import load_file
 
         return dict(load_file(self.path, mmap=True)[self.key])
 

@@ -1,4 +1,4 @@
-"""State → committed checkpoint, now or in the background, and back. The one place that calls torch.save and torch.load."""
+"""State → committed checkpoint, now or in the background. The one place that calls torch.save."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 import torch
 
 from runmgr.disk import atomic, checkpoints
-from runmgr.errors import CheckpointCorrupt, InvalidInput, RunError
+from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import staging
 from runmgr.worker import state as states
 
@@ -72,33 +72,11 @@ def write_file(content: Mapping[str, Any], path: Path, on_bytes: Callable[[int],
         torch.serialization.set_crc32_options(crc)
 
 
-def load_file(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Load a file with `weights_only=True`; raises CheckpointCorrupt when it is no whole checkpoint.
-
-    With `mmap` the tensors are the file's own pages, which all processes of a host share: copy what is to stay.
-    """
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointCorrupt(f"{path} cannot be loaded: {error}", path=str(path), reason=str(error)) from error
-
-
-def can_map(path: Path) -> bool:
-    """Whether `load_file(mmap=True)` can read this format; torch's old one it cannot."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
 def packed(value: Any) -> str:
     """Return plain values and small tensors as text, to send them between ranks."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def unpacked(text: str) -> Any:
-    """Return what `packed` was given."""
-    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
 
 
 class _InFlight:

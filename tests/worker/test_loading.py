@@ -1,0 +1,132 @@
+"""Restoring: all ranks of a host check a file together, what is not whole is passed over, and nothing of the file is held."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from processes import run_ranks, values
+from torch import nn
+
+import runmgr
+from runmgr.disk import checkpoints, directory, integrity
+from runmgr.errors import CheckpointCorrupt
+from runmgr.worker import agreement, loading
+
+_TENSORS = 6
+
+
+def test_restore_falls_back_past_damage_and_writes_down_what_it_rejected():
+    model = nn.Linear(3, 3)
+    with runmgr.start_run("damage", keep=runmgr.Keep(last=None)) as run:
+        for epoch in (1, 2, 3):
+            run.save({"net": model}, epoch=epoch)
+    for name, change in (("ckpt_epoch_3.pth", 0), ("ckpt_epoch_2.pth", -30)):
+        path = run.run_dir / name
+        path.chmod(0o644)
+        content = bytearray(path.read_bytes())
+        content[change] ^= 1
+        path.write_bytes(content)
+    with runmgr.start_run("damage", run_id=run.run_id) as again:
+        assert again.restore({"net": model}).epoch == 1
+        attempt = json.loads((run.run_dir / ".runmgr/attempts/0002.json").read_text())
+        assert [text.split(" is damaged")[0].rpartition("/")[2] for text in attempt["rejected"]] == [
+            "0001-000003.pth",
+            "0001-000002.pth",
+        ]
+        with pytest.raises(CheckpointCorrupt):
+            again.restore({"net": model}, "ckpt_epoch_2.pth")
+
+
+def _state(value):
+    return {f"part{index}": torch.full((256,), float(value)) for index in range(_TENSORS)}
+
+
+def _records_of(path):
+    with path.open("rb", buffering=0) as file:
+        return list(integrity._records(path, file))
+
+
+def _flip(path, position):
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def _problem(run, entry, share):
+    try:
+        checkpoints.verify(run, entry, share=share)
+    except CheckpointCorrupt as error:
+        return str(error)
+    return None
+
+
+def test_each_damaged_record_is_noticed_by_exactly_one_of_the_shares():
+    with runmgr.start_run("shares") as run:
+        run.save(_state(1), epoch=1)
+    found = directory.RunDirectory(run.run_dir)
+    entry = checkpoints.read_all(found)[0]
+    path = entry.path_in(found)
+    for record in _records_of(path):
+        _flip(path, record.start)
+        noticed = [problem for index in range(3) if (problem := _problem(found, entry, (index, 3)))]
+        assert len(noticed) == 1
+        assert repr(record.name) in noticed[0]
+        _flip(path, record.start)
+    checkpoints.verify(found, entry)
+
+
+def test_the_ranks_of_each_host_divide_the_whole_file_among_them():
+    assert loading._shares(["a", "b", "a", "b", "a"]) == [(0, 3), (0, 2), (1, 3), (1, 2), (2, 3)]
+
+
+def _restore_on_two_hosts(rank, root, damaged_for):
+    """Ranks 2 and 3 say that they are on another host; the rank `damaged_for` sees a damaged file."""
+    connect, verify = agreement.connect, checkpoints.verify
+    host = "here" if rank < 2 else "there"
+    seen = []
+
+    def connect_from_host(timeout_s):
+        found = connect(timeout_s)
+        found.ranks = found.ranks._replace(host=host)
+        return found
+
+    def look(run, entry, on_bytes=None, *, share=(0, 1)):
+        seen.append((entry.epoch, share))
+        if rank == damaged_for and entry.epoch == 2:
+            raise CheckpointCorrupt("its bytes are wrong here", path="", reason="")
+        verify(run, entry, share=share)
+
+    agreement.connect, checkpoints.verify = connect_from_host, look
+    with runmgr.start_run("hosts", ckpt_root_dir=root, resume="latest") as run:
+        progress = run.restore({"w": torch.zeros(1)})
+        return progress.epoch, progress.values["w"].item(), seen
+
+
+def test_what_only_one_host_reads_wrong_is_restored_on_none(root):
+    with runmgr.start_run("hosts", ckpt_root_dir=root, keep=runmgr.Keep(last=None)) as run:
+        for epoch in (1, 2):
+            run.save({"w": torch.full((1,), float(epoch))}, epoch=epoch)
+    for rank, (epoch, value, seen) in enumerate(values(run_ranks(4, _restore_on_two_hosts, root, 3))):
+        assert (epoch, value) == (1, 1.0)
+        assert seen == [(2, (rank % 2, 2)), (1, (rank % 2, 2))]
+    record = json.loads((run.run_dir / ".runmgr/attempts/0002.json").read_text())
+    assert record["rejected"] == ["its bytes are wrong here (read on there)"]
+
+
+def _restore_foreign(_, root):
+    with runmgr.start_run("foreign", ckpt_root_dir=root, run_id="RUN_20240101_000000_000000") as run:
+        state = {"net": nn.Linear(2, 2)}
+        run.restore(state)
+        return state["net"].weight.sum().item()
+
+
+def test_a_checkpoint_of_another_program_is_restored_unchecked(root):
+    run_dir = root / "foreign" / "RUN_20240101_000000_000000"
+    run_dir.mkdir(parents=True)
+    torch.save({"net": {"weight": torch.full((2, 2), 3.0), "bias": torch.zeros(2)}}, run_dir / "ckpt_latest.pth")
+    assert values(run_ranks(2, _restore_foreign, root)) == [12.0, 12.0]
