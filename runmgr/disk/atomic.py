@@ -24,7 +24,8 @@ LOCK_TIMEOUT_S = 10.0
 _PATIENCE = 8
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, 524}
-_NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTSUP}
+_NEVER_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+_NO_LINKS_HERE = _NEVER_LINKS | {errno.EMLINK, errno.EXDEV}  # these two hold for one file, or one pair
 _COPY_CHUNK_BYTES = 4 << 20
 _SLICE_BYTES = 4 << 20
 _WRITEBACK_BYTES = 8 << 20
@@ -215,15 +216,30 @@ def point_name(name: Path, target: Path) -> None:
     """
     temporary = temporary_beside(name)
     try:
-        try:
-            os.link(target, temporary)
-        except OSError as error:
-            if error.errno not in _NO_LINKS_HERE:
-                raise
+        if not _link(target, temporary):
             copy(target, temporary)
         os.replace(temporary, name)
     finally:
         remove(temporary)  # POSIX: renaming one name of a file to another of its names does nothing
+
+
+_without_links: set[int] = set()  # file systems that this process found to have none
+
+
+def _link(target: Path, name: Path) -> bool:
+    """Link, or say that it cannot be done here; a file system that has no links at all is asked only once."""
+    found = os.stat(target)
+    if found.st_dev in _without_links:
+        return False
+    try:
+        os.link(target, name)
+    except OSError as error:
+        if error.errno not in _NO_LINKS_HERE:
+            raise
+        if error.errno in _NEVER_LINKS and found.st_uid == os.geteuid():  # a foreign file may only be protected
+            _without_links.add(found.st_dev)
+        return False
+    return True
 
 
 def copy(source: Path, target: Path) -> None:

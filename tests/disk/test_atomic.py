@@ -143,6 +143,29 @@ def test_where_links_do_not_work_a_name_is_a_copy_and_a_creation_still_has_one_w
     assert temporaries(folder) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [(errno.EPERM, 1), (errno.EOPNOTSUPP, 1), (errno.ENOSYS, 1), (errno.EXDEV, 3), (errno.EMLINK, 3)],
+)
+def test_only_a_file_system_that_has_no_links_at_all_is_asked_just_once(error, asked, folder):
+    (folder / "target").write_bytes(NEW)
+    link, calls = os.link, []
+
+    def count(*paths):
+        calls.append(paths)
+        link(*paths)
+
+    def without_links():
+        os.link = count
+        deny("link", "linkat", error=error)
+        for _ in range(3):
+            atomic.point_name(folder / "name", folder / "target")
+        return len(calls)
+
+    assert in_child(without_links) == asked
+    assert content(folder) == NEW
+
+
 def test_an_error_of_a_link_that_says_nothing_about_links_is_raised(folder):
     (folder / "target").write_bytes(NEW)
     (folder / "name").write_bytes(OLD)

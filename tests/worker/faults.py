@@ -12,10 +12,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def small_disk(path: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of its own at `path` that holds `size_bytes`, until the block ends."""
+def small_disk(path: Path, size_bytes: int, kind: str = "tmpfs") -> Iterator[Path]:
+    """A file system of its own at `path`, on a device of `size_bytes`, until the block ends; "ext4" lies on a loop device."""
     path.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(path)], check=True)
+    if kind == "tmpfs":
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(path)]
+    else:
+        image = path.with_name(f"{path.name}.image")
+        with image.open("wb") as file:
+            file.truncate(size_bytes)
+        subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True)
+        command = ["mount", "-o", "loop", str(image), str(path)]
+    subprocess.run(command, check=True)
     try:
         yield path
     finally:
