@@ -1,18 +1,19 @@
-"""start_run: one launch, one run. Which run a launch continues is decided here, on rank 0, for all ranks."""
+"""start_run: one launch, one run, opened on all ranks or on none."""
 
 from __future__ import annotations
 
 import math
 import os
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from runmgr.disk import atomic, catalog, checkpoints, provenance, record
+from runmgr import opening
 from runmgr.disk import directory as directories
+from runmgr.disk import provenance
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
-from runmgr.errors import InvalidInput, RunError, RunNotFound
+from runmgr.errors import InvalidInput, RunError
+from runmgr.opening import Request
 from runmgr.run import Run, Writer
 from runmgr.worker import agreement as agreements
 
@@ -20,39 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from runmgr.disk.checkpoints import Mode
-    from runmgr.disk.shelf import Keep, Shelf
+    from runmgr.disk.shelf import Keep
+    from runmgr.opening import Resume
     from runmgr.worker.agreement import Agreement
     from runmgr.worker.saving import SaveErrorPolicy
 
-Resume = Literal["auto", "latest", "never"]
 _RESUMES = ("auto", "latest", "never")
 
 _open_run: Run | None = None
-_starts: dict[Experiment, int] = {}
-
-
-class _Request(NamedTuple):
-    """The arguments of `start_run`, checked."""
-
-    experiment: Experiment
-    config: dict[str, Any]
-    masked: list[str]
-    resume: Resume
-    run_id: str | None
-    fork_from: str | None
-    monitor: str | None
-    mode: Mode
-    keep: Keep
-    tags: tuple[str, ...]
-
-
-class _Choice(NamedTuple):
-    """The run to open: a new one, or an earlier one that this launch may take over at once."""
-
-    run: RunDirectory
-    is_new: bool
-    takes_over: bool = False
-    without_lock: str | None = None
 
 
 def start_run(
@@ -92,7 +68,7 @@ def start_run(
     if not isinstance(timeout_s, (int, float)) or not math.isfinite(timeout_s) or timeout_s <= 0:
         raise InvalidInput(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
     agreement = agreements.connect(float(timeout_s))
-    requests: list[_Request] = []
+    requests: list[Request] = []
     writers: list[Writer] = []
 
     def contribute() -> dict[str, Any]:
@@ -119,7 +95,7 @@ def start_run(
         }
 
     def decide(places: list[dict[str, Any]]) -> dict[str, Any]:
-        answer, writer = _open(requests[0], places, timeout_s)
+        answer, writer = opening.open_run(requests[0], places, timeout_s)
         writers.append(writer)
         return answer
 
@@ -131,7 +107,7 @@ def start_run(
         return _opened(agreement, run, answer, requests[0], writers, on_save_error)
     except BaseException:
         for writer in writers:
-            _take_back(writer)
+            opening.take_back(writer)
         agreements.forget(agreement)
         raise
 
@@ -140,7 +116,7 @@ def _opened(  # noqa: PLR0917  # called once, above
     agreement: Agreement,
     run: RunDirectory,
     answer: dict[str, Any],
-    request: _Request,
+    request: Request,
     writers: list[Writer],
     on_save_error: SaveErrorPolicy,
 ) -> Run:
@@ -189,7 +165,7 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
     keep: Keep | None,
     on_save_error: SaveErrorPolicy,
     tags: Iterable[str],
-) -> _Request:
+) -> Request:
     directories.check_name(experiment_name, "experiment name")
     for name, value, allowed in (
         ("resume", resume, _RESUMES), ("mode", mode, ("max", "min")), ("on_save_error", on_save_error, ("raise", "warn")),
@@ -210,7 +186,7 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
     if keep is not None and not isinstance(keep, shelves.Keep):
         raise InvalidInput(f"keep={keep!r} must be a runmgr.Keep, such as Keep(last=3, every_n_epochs=10)")
     plain = provenance.plain_config(config)
-    return _Request(
+    return Request(
         Experiment(directories.resolve_root(ckpt_root_dir), experiment_name),
         plain,
         provenance.masked(plain)[1],
@@ -224,182 +200,6 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
     )
 
 
-def _open(request: _Request, places: list[dict[str, Any]], timeout_s: float) -> tuple[dict[str, Any], Writer]:
-    """Create or take over the run. Rank 0 only."""
-    experiment = request.experiment
-    _starts[experiment] = _starts.get(experiment, 0) + 1
-    key = agreements.launch_key(timeout_s)
-    launch_path = None
-    if key is not None:
-        launch_path = experiment.launches_path / f"{directories.check_name(key, 'launch id')}.{_starts[experiment]}"
-    choice = _choose(request, launch_path)
-    try:
-        writer = _become_writer(request, choice, places, key)
-    except BaseException:
-        if choice.is_new:
-            directories.remove_unused(choice.run)
-        raise
-    if choice.is_new and launch_path is not None:
-        launch_path.parent.mkdir(exist_ok=True)
-        atomic.write_bytes(launch_path, choice.run.run_id.encode())
-    hosts = {place["host"]: place["rank"] for place in reversed(places)}
-    answer = {
-        "run_dir": str(choice.run.path),
-        "attempt": writer.attempt.number,
-        "resumed": not choice.is_new,
-        "has_checkpoints": bool(writer.shelf.checkpoints),
-        "token": _token(choice.run),
-        "started": directories.timestamp(directories.now_us()),
-        "hosts": sorted(hosts),
-        "confirming": sorted(hosts.values()),
-        "without_lock": choice.without_lock,
-    }
-    return answer, writer
-
-
-def _choose(request: _Request, launch_path: Path | None) -> _Choice:
-    """Decide which run this launch opens."""
-    experiment = request.experiment
-    own = _run_of_launch(experiment, launch_path)
-    if request.run_id is not None:
-        run = experiment.run(request.run_id)
-        if not run.path.is_dir():
-            raise catalog.run_not_found(experiment, request.run_id)
-        return _Choice(run, is_new=False, takes_over=own == run)
-    if request.resume != "never" and own is not None:
-        return _Choice(own, is_new=False, takes_over=True)
-    if request.resume == "latest":
-        for run_id in catalog.run_ids(experiment):
-            run = experiment.run(run_id)
-            live = record.status_of(run, record.read_json(run.record_path) or {}) == "running"
-            if live or (run.path / directories.LATEST_NAME).exists():
-                return _Choice(run, is_new=False)
-    if request.fork_from is not None:
-        _fork_source(request)  # a wrong one must not leave a new run behind
-    run, without_lock = directories.create_run(experiment, secrets.token_hex(16))
-    return _Choice(run, is_new=True, without_lock=without_lock)
-
-
-def _run_of_launch(experiment: Experiment, launch_path: Path | None) -> RunDirectory | None:
-    """Return the run that an earlier start of this launch made, if there was one."""
-    if launch_path is None:
-        return None
-    try:
-        run = experiment.run(launch_path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return run if run.path.is_dir() else None
-
-
-def _become_writer(request: _Request, choice: _Choice, places: list[dict[str, Any]], key: str | None) -> Writer:
-    """Take the lease and the next attempt, and write down who runs what, where."""
-    run = choice.run
-    for directory in (run.private_path, run.objects_path, run.attempts_path):
-        directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
-    lease = record.Lease(run)
-    lease.acquire(takes_over=choice.takes_over)
-    try:
-        facts = provenance.collect()
-        hosts = _by_host(places)
-        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python")}
-        topology = {"world_size": len(places), "hosts": hosts, "launch": key}
-        attempt = record.Attempt.begin(run, brief | topology)
-        checkpoints.accept_predecessors(attempt)
-        run_record = record.RunRecord.read(run)
-        _check_mode(request, run_record)
-        shelf = shelves.Shelf(attempt, run_record, monitor=request.monitor, mode=request.mode, keep=request.keep)
-        shelf.sweep()
-        shelf.repair_names()
-        if choice.is_new:
-            atomic.write_json(run.config_path, provenance.masked(request.config)[0])
-            created = attempt.content["started"]
-            run_record.content.update(
-                format=record.FORMAT, run_id=run.run_id, experiment_name=request.experiment.name, created=created,
-                tags=list(request.tags), parent=None, masked=request.masked, latest=None, best=None, **facts,
-            )  # fmt: skip
-        run_record.update(
-            status="running", started=attempt.content["started"], ended=None, error=None, attempt=attempt.number,
-            monitor=request.monitor, mode=request.mode, **topology,
-        )  # fmt: skip
-        if choice.is_new and request.fork_from is not None:
-            _fork(request, shelf)
-    except BaseException:
-        lease.release()
-        raise
-    return Writer(shelf, attempt, run_record, lease, choice.is_new)
-
-
-def _check_mode(request: _Request, run_record: record.RunRecord) -> None:
-    before = run_record.content
-    if before.get("monitor") is not None and (request.monitor, request.mode) != (
-        before["monitor"],
-        before.get("mode"),
-    ):
-        raise InvalidInput(
-            f"run {run_record.run.run_id} was started with monitor={before['monitor']!r}, mode={before.get('mode')!r}, now "
-            f"monitor={request.monitor!r}, mode={request.mode!r} are given: its best checkpoint would change its meaning. "
-            f"Give the same, or branch off with fork_from={run_record.run.run_id!r}."
-        )
-
-
-def _fork_source(request: _Request) -> tuple[Path, checkpoints.Checkpoint | None]:
-    """Find the file to branch off from, and its entry when one of our runs recorded it."""
-    given = str(request.fork_from)
-    parent = request.experiment.run(given) if "/" not in given else None
-    if parent is not None and parent.path.is_dir():
-        name = directories.LATEST_NAME
-    else:
-        path = Path(given).expanduser().absolute()
-        parent, name = (
-            RunDirectory(path.parents[2] if path.parent.name == "checkpoints" else path.parent),
-            path.name,
-        )
-    for entry in reversed(checkpoints.read_all(parent)):
-        if entry.kind == "checkpoint" and name in (*entry.names, entry.object_name):
-            return entry.path_in(parent), entry
-    path = parent.path / name
-    if not path.is_file():
-        raise RunNotFound(
-            f"fork_from={given!r} is neither a run of {request.experiment.path} with a checkpoint nor a file",
-            path=str(path),
-        )
-    return path, None
-
-
-def _fork(request: _Request, shelf: Shelf) -> None:
-    """Bring the parent's checkpoint and the members of its averages into the new run, and record where they came from."""
-    source, entry = _fork_source(request)
-    originals = (entry.renamed or {name: name for name in entry.members}) if entry else {}
-    lying = dict(enumerate(originals.values(), start=2))
-    renamed = {said: f"0000-{number:06d}.pth" for number, said in enumerate(originals, start=2)}
-    facts: dict[str, Any] = {"epoch": entry.epoch, "step": entry.step} if entry else {}
-    adopted = shelf.adopt(source, sequence=1, renamed=renamed, members=tuple(renamed.values()), **facts)
-    for number, name in lying.items():
-        shelf.adopt(source.parent / name, sequence=number, kind="member")
-    parent_path = source.parents[2] if entry else source.parent
-    shelf.run_record.update(parent={"run_id": parent_path.name, "path": str(source), "digest": adopted.digest})
-
-
-def _by_host(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    hosts: dict[str, dict[str, Any]] = {}
-    for place in places:
-        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "devices": []})
-        host["ranks"].append(place["rank"])
-        host["devices"] = host["devices"] or place["devices"]
-    return list(hosts.values())
-
-
-def _token(run: RunDirectory) -> str:
-    try:
-        token = run.token_path.read_text()
-    except FileNotFoundError:  # a run that another program made
-        token = ""
-    if not token:
-        token = secrets.token_hex(16)
-        atomic.write_bytes(run.token_path, token.encode())
-    return token
-
-
 def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) -> None:
     """Let one rank of each host check that it sees the directory which rank 0 made."""
 
@@ -409,16 +209,3 @@ def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) ->
             directories.confirm_shared(run, answer["token"], host=agreement.ranks.host, timeout_s=limit_s)
 
     agreement.agree(f"see the run directory {run.path}", lambda _: None, look)
-
-
-def _take_back(writer: Writer) -> None:
-    """Undo a start that other ranks could not follow."""
-    try:
-        if writer.is_new:
-            directories.remove_unused(writer.shelf.run)
-        else:
-            writer.record.update(status="failed", ended=record.now_text())
-    except OSError:  # the error that brought us here is the one to tell
-        pass
-    finally:
-        writer.lease.release()

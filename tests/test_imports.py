@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "cli": {"errors", "ranks", "disk", "launch"},
     "worker": {"errors", "ranks", "disk"},
     "run": {"errors", "ranks", "disk", "worker"},
-    "start": {"errors", "ranks", "disk", "worker", "run"},
+    "opening": {"errors", "ranks", "disk", "worker", "run"},
+    "start": {"errors", "ranks", "disk", "worker", "run", "opening"},
     "integrations": {"errors", "ranks", "disk", "worker", "run", "start", ""},
     "examples": {"errors", ""},
     "": set(),  # the package itself: names are loaded on first use, see test_public_api.py

@@ -19,7 +19,7 @@ from torch import nn
 from worker.faults import fill, read_only, small_disk
 
 import runmgr
-from runmgr import start
+from runmgr import opening, start
 from runmgr.errors import (
     AgreementError,
     InvalidInput,
@@ -256,11 +256,11 @@ for name in ("x", "y", "x"):
 def test_never_makes_a_new_run_and_a_later_auto_continues_the_newest_of_this_launch(monkeypatch, root):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RUNMGR_LAUNCH_ID", "job")
-        environment.setattr(start, "_starts", {})
+        environment.setattr(opening, "_starts", {})
         first = open_and_report(0)
-        start._starts.clear()
+        opening._starts.clear()
         fresh = open_and_report(0, resume="never")
-        start._starts.clear()
+        opening._starts.clear()
         again = open_and_report(0)
     assert first[0] != fresh[0]
     assert again[0] == fresh[0]
@@ -271,9 +271,9 @@ def test_never_makes_a_new_run_and_a_later_auto_continues_the_newest_of_this_lau
 def test_an_empty_launch_name_names_nothing(name):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("RUNMGR_LAUNCH_ID", name)
-        environment.setattr(start, "_starts", {})
+        environment.setattr(opening, "_starts", {})
         first = open_and_report(0)
-        start._starts.clear()
+        opening._starts.clear()
         assert open_and_report(0)[0] != first[0]
 
 
