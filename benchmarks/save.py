@@ -1,6 +1,6 @@
 """What a durable save costs against the raw disk and against what people use today.
 
-    python benchmarks/save.py [--size-mib 64 512] [--pairs 15]
+    python benchmarks/save.py [--size-mib 64 512] [--pairs 15] [--without-peers]
 
 Every candidate ends with its bytes on disk (fsync, but for torch.save as super-gradients calls it). The candidates run
 in turn in each round, in a new order, with the disk settled in between; figures are medians of ratios to the same
@@ -38,26 +38,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size-mib", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--without-peers", action="store_true", help="only the raw disk and runmgr: much faster")
     parser.add_argument("--folder", default=None, help="where to write (a temporary directory)")
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     for size_mib in given.size_mib:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            _measure(Path(folder), size_mib << 20, given.pairs)
+            _measure(Path(folder), size_mib << 20, given.pairs, with_peers=not given.without_peers)
 
 
-def _measure(folder: Path, size_bytes: int, pairs: int) -> None:
+def _measure(folder: Path, size_bytes: int, pairs: int, *, with_peers: bool) -> None:
     state = {f"layer{index}": torch.rand(_TENSOR_BYTES // 4) for index in range(size_bytes // _TENSOR_BYTES)}
-    run = runmgr.start_run("bench", ckpt_root_dir=folder / "runs", monitor="acc")
+    model = torch.nn.ParameterDict(
+        {name: torch.nn.Parameter(value, requires_grad=False) for name, value in state.items()}
+    )
+    average = runmgr.BestAverage(model, k=1)
+    keep = runmgr.Keep(last=2)  # so that each gets a name for its epoch
+    run = runmgr.start_run("bench", ckpt_root_dir=folder / "runs", monitor="acc", keep=keep)
+
+    def save_with_all_names(turn: int) -> None:
+        run.save({"net": model, "average": average}, epoch=turn, metrics={"acc": turn})
+
     candidates: dict[str, Callable[[int], object]] = {
         "raw write + fsync": lambda _: _raw(folder / "raw.bin", state),
-        "runmgr, latest": lambda turn: run.save(state, step=turn),
-        "runmgr, latest + best": lambda turn: run.save(state, step=turn, metrics={"acc": turn}),
+        "runmgr, latest": lambda turn: run.save(state, epoch=turn),
+        "runmgr, latest + best + epoch + member": save_with_all_names,
+    }
+    peers: dict[str, Callable[[int], object]] = {
         "torch.save + fsync + replace": lambda _: _torch_durable(folder / "torch.pth", state),
         "torch.save x 3, no fsync": lambda _: [torch.save(state, folder / f"plain{number}.pth") for number in range(3)],
         "DCP save": lambda _: _dcp(state, folder / "dcp"),
     }
+    if with_peers:
+        candidates |= peers
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     written: dict[str, int] = {}
     dice = random.Random(0)
@@ -65,6 +79,7 @@ def _measure(folder: Path, size_bytes: int, pairs: int) -> None:
         for name in dice.sample(list(candidates), len(candidates)):
             os.sync()
             time.sleep(0.2)
+            average.update(float(turn))
             before, start = _written_bytes(), time.perf_counter()
             candidates[name](turn)
             if turn > 1:  # the first round warms up
