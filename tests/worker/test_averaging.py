@@ -15,6 +15,7 @@ from torch import nn
 
 import runmgr
 from runmgr.errors import InvalidInput, RunError
+from runmgr.worker import averaging
 from runmgr.worker.averaging import BestAverage, ExponentialAverage, RunningAverage
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -494,3 +495,21 @@ def test_averages_survive_a_deepcopy_and_keep_their_files_read_only():
         run.save({"net": model, "average": average}, epoch=1)
         assert not os.stat(run.path("latest")).st_mode & 0o222
         assert_same_bits(copy.deepcopy(average).averaged_state_dict(), average.averaged_state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool])
+def test_a_member_shares_bytes_only_with_the_very_same_bits(dtype):
+    one = torch.randint(0, 2, (1001, 3)).to(dtype)
+    two = one.clone()
+    assert averaging._same_bits(one, two)
+    assert averaging._same_bits(one.t(), two.t().contiguous())
+    two.view(torch.uint8)[-1, -1] ^= 1
+    assert not averaging._same_bits(one, two)
+    assert not averaging._same_bits(one, one[:-1])
+    assert averaging._same_bits(one[:0], two[:0])
+
+
+def test_for_sharing_bytes_nan_is_itself_and_the_zeros_differ():
+    nan = torch.tensor([math.nan])
+    assert averaging._same_bits(nan, nan.clone())
+    assert not averaging._same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
