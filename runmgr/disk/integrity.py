@@ -82,7 +82,7 @@ def check_content(
             if crc != entry.crc:
                 raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
 
-        if count > 1:
+        if count > 1 or sum(entry.size_bytes for entry in records) < _THREADS * _CHUNK_BYTES:
             for entry in records:
                 check(entry)
             return
