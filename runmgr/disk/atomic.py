@@ -193,17 +193,14 @@ def create_bytes(path: Path, content: bytes) -> None:
     temporary = temporary_beside(path)
     try:
         write_bytes(temporary, content)
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS_HERE or not temporary.exists():
-            raise
-        with naming(path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            try:
-                write_all(descriptor, content)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        if not _link(temporary, path):
+            with naming(path):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                try:
+                    write_all(descriptor, content)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
     finally:
         remove(temporary)
     sync_directory(path.parent)
