@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _SLICE_BYTES = 4 << 20
 _TENSOR_BYTES = 8 << 20
+_LATEST = "runmgr, latest"
+_ALL_NAMES = "runmgr, latest + best + epoch + member"
 
 
 def main() -> None:
@@ -62,8 +64,8 @@ def _measure(folder: Path, size_bytes: int, pairs: int, *, with_peers: bool) -> 
 
     candidates: dict[str, Callable[[int], object]] = {
         "raw write + fsync": lambda _: _raw(folder / "raw.bin", state),
-        "runmgr, latest": lambda turn: run.save(state, epoch=turn),
-        "runmgr, latest + best + epoch + member": save_with_all_names,
+        _LATEST: lambda turn: run.save(state, epoch=turn),
+        _ALL_NAMES: save_with_all_names,
     }
     peers: dict[str, Callable[[int], object]] = {
         "torch.save + fsync + replace": lambda _: _torch_durable(folder / "torch.pth", state),
@@ -96,6 +98,10 @@ def _measure(folder: Path, size_bytes: int, pairs: int, *, with_peers: bool) -> 
             f"| {name} | {statistics.median(values):.3f} | {middle:.2f} | {low:.2f} to {high:.2f} | "
             f"{written[name] / file_bytes:.3f} |"
         )
+    low, middle, high = statistics.quantiles(
+        [all_names / latest for all_names, latest in zip(seconds[_ALL_NAMES], seconds[_LATEST], strict=True)], n=4
+    )
+    print(f"all names against latest: {middle:.2f} ({low:.2f} to {high:.2f})")
 
 
 def _raw(path: Path, state: dict[str, torch.Tensor]) -> None:

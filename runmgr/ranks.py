@@ -84,6 +84,14 @@ def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
     return None if given in _NO_IDENTITY else given
 
 
+def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When the scheduler will end this job, in seconds since 1970 by its clock, or None where nothing says so."""
+    try:
+        return float(environ["SLURM_JOB_END_TIME"])
+    except (KeyError, ValueError):
+        return None
+
+
 def _number(environ: Mapping[str, str], name: str) -> int:
     try:
         return int(environ[name])

@@ -12,7 +12,7 @@ from torch import nn
 
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import loading, logs, preemption, saving
+from runmgr.worker import loading, logs, meeting, preemption, saving
 from runmgr.worker import state as states
 from runmgr.worker.averaging import Average, BestAverage
 
@@ -90,6 +90,7 @@ class Run:
         self.tensorboard = logs.TensorBoard(directory.path) if self.is_main else logs.NoTensorBoard()
         self._saver = saving.Saver(writer.shelf, self.run_id, self.logger, on_save_error) if writer else None
         self._preemption = preemption.Preemption()
+        self._meeting: meeting.Meeting | None = None
         self._must_restore = False
         self._was_stopped = False
         self._late_error: Exception | None = None
@@ -250,24 +251,35 @@ class Run:
         return self.path("average")
 
     def should_stop(self) -> bool:
-        """Whether any rank was asked to stop (SIGTERM, SIGUSR1, SIGUSR2); the same answer on all.
+        """Whether any rank was asked to stop: SIGTERM, SIGUSR1, SIGUSR2, or the Slurm job's time ends in a minute.
 
-        Every rank, equally often, from the main thread. The first call installs the signal handlers.
+        Every rank, equally often, from the main thread; all ranks answer True at the same call, within a second and
+        two calls of the signal. Until then a call costs microseconds: nothing is exchanged, no device is waited for.
+        The first one installs the signal handlers.
         """
         self._check_open()
-        self._preemption.watch()
+        if self._was_stopped:
+            return True
+        if self._meeting is None:
+            self._preemption.watch()
+            self._meeting = meeting.Meeting(self._agreement, self._wants_to_meet)
+        if not self._meeting.is_due():
+            return False
 
-        def decide(signals: list[str | None]) -> str | None:
+        def decide(reasons: list[str | None]) -> str | None:
             if self._saver is not None:
                 self._saver.poll()
-            return next(filter(None, signals), None)
+            return next(filter(None, reasons), None)
 
-        received = self._agreement.agree("ask whether to stop", decide, lambda: self._preemption.received)
-        if received is not None and not self._was_stopped:
+        try:
+            reason = self._agreement.agree("ask whether to stop", decide, self._reason_to_stop)
+        finally:
+            self._meeting.has_met()
+        if reason is not None:
             self._was_stopped = True
             if self.is_main:
-                self.logger.warning("stopping: a rank received %s", received)
-        return received is not None
+                self.logger.warning("stopping: a rank received %s", reason)
+        return self._was_stopped
 
     def wait(self) -> None:
         """Return when every save is durable; raises, on all ranks, the error of one that failed. Every rank."""
@@ -282,6 +294,12 @@ class Run:
     def finish(self) -> None:
         """End the run as completed (or preempted, after should_stop() said True). Any rank, not collective."""
         self._finish(self._status_after(None), None)
+
+    def _reason_to_stop(self) -> str | None:
+        return self._preemption.reason(self._saver.longest_save_s if self._saver is not None else 0.0)
+
+    def _wants_to_meet(self) -> bool:
+        return self._reason_to_stop() is not None or (self._saver is not None and self._saver.has_failed())
 
     def _prepare_saves(self, state: Mapping[str, Any]) -> None:
         if self._saver is not None:
@@ -348,6 +366,8 @@ class Run:
         self._is_open = False
         atexit.unregister(self._finish_at_exit)
         self._preemption.close()
+        if self._meeting is not None:
+            self._meeting.close()
         agreements.forget(self._agreement)
         try:
             self.tensorboard.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -90,6 +91,7 @@ def _until_stopped(rank, root):
                 os.kill(os.getpid(), signal.SIGTERM)
             if run.should_stop():
                 return step
+            time.sleep(0.001)
     return None
 
 

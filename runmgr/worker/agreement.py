@@ -160,6 +160,19 @@ class Agreement:
                 return self._lead(what, own, failure, decide)
             return self._follow(what, own, failure)
 
+    def post(self, key: str, text: str) -> None:
+        """Put down `text` for all ranks. Not collective, any thread; there must be several ranks."""
+        assert self._store is not None
+        with _store_errors(self.ranks):
+            self._store.set(f"{self._session}/{key}", text)
+
+    def look(self, keys: list[str]) -> list[str] | None:
+        """Return what lies under the keys, or None while one is missing. Not collective, any thread."""
+        assert self._store is not None
+        with _store_errors(self.ranks):
+            full = [f"{self._session}/{key}" for key in keys]
+            return [value.decode() for value in _get_all(self._store, full)] if self._store.check(full) else None
+
     def _attempt(self, what: str, action: Callable[[], Any]) -> tuple[Any, RunError | None]:
         try:
             return json.loads(json.dumps(action())), None

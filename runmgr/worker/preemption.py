@@ -1,17 +1,22 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 become a flag that the training loop asks for."""
+"""SIGTERM, SIGUSR1, SIGUSR2 and the end of a job's time become a flag that the training loop asks for."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
+
+from runmgr import ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_MARGIN_S = 60.0
+_MARGIN_SHARE = 0.1  # of the time that was left at the beginning: short jobs keep most of it
 
 
 class Preemption:
@@ -19,6 +24,8 @@ class Preemption:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._job_end: float | None = None
+        self._margin_s = 0.0
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] | None = None
 
     def watch(self) -> None:
@@ -26,6 +33,16 @@ class Preemption:
         if self._previous is not None or threading.current_thread() is not threading.main_thread():
             return
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._job_end = ranks.job_end()
+        if self._job_end is not None:
+            self._margin_s = min(_MARGIN_S, _MARGIN_SHARE * max(0.0, self._job_end - time.time()))
+
+    def reason(self, save_s: float = 0.0) -> str | None:
+        """Why to stop now, or None: a signal, or so little time left that a save of `save_s` seconds just fits twice."""
+        if self.received is not None or self._job_end is None:
+            return self.received
+        left_s = self._job_end - time.time()
+        return f"notice that the job's time ends in {left_s:.0f} s" if left_s < self._margin_s + 2 * save_s else None
 
     def close(self) -> None:
         """Put the handlers of before back."""

@@ -107,6 +107,7 @@ class Saver:
         self._staging = staging.Staging()
         self._in_flight: _InFlight | None = None
         self._has_staged = False
+        self.longest_save_s = 0.0
         self._warned: set[str] = set()
 
     def prepare(self, state: Mapping[str, Any]) -> None:
@@ -167,6 +168,10 @@ class Saver:
             entry = in_flight.save.checkpoint
             member.object_name, member.key, member.path = entry.object_name, key, entry.path_in(self._shelf.run)
             member.weights = None
+
+    def has_failed(self) -> bool:
+        """Whether the save in flight has failed, which the next `collect` tells."""
+        return self._in_flight is not None and self._in_flight.error is not None
 
     def poll(self) -> None:
         """Do what `collect` does, unless the save in flight is not done yet."""
@@ -258,6 +263,7 @@ class Saver:
         published = self._shelf.publish(checkpoint)
         in_flight.save.checkpoint = in_flight.handle.checkpoint = published
         seconds = time.perf_counter() - start
+        self.longest_save_s = max(self.longest_save_s, seconds)
         self._logger.info(
             "saved %s: epoch %s, step %s, %.1f MB in %.2f s, %.2f GB/s",
             ", ".join(published.names), published.epoch, published.step, published.size_bytes / 1e6, seconds,
