@@ -235,6 +235,24 @@ def end_ranks(pids: list[int], after_s: float) -> bool:
     return clean
 
 
+def kill(pids: list[int]) -> None:
+    """Kill -9 and wait until they have ended; who waits for them need not be this process."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.005)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    except OSError:
+        return False
+
+
 def descendants(pid: int) -> list[int]:
     """The processes that `pid` started, and theirs."""
     parents: dict[int, int] = {}

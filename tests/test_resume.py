@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.tensorboard
-from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, start_ranks
+from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
@@ -168,8 +167,7 @@ def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_p
             assert launch.poll() is None
             time.sleep(0.05)
         processes = [*descendants(launch.pid), launch.pid]
-        for pid in processes:
-            os.kill(pid, signal.SIGKILL)
+        kill(processes)
     assert len(processes) == 3
     (lost,) = runmgr.list_runs("digits", tmp_path)
     assert lost.status == "lost"
