@@ -28,6 +28,7 @@ _NEVER_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _NO_LINKS_HERE = _NEVER_LINKS | {errno.EMLINK, errno.EXDEV}  # these two hold for one file, or one pair
 _COPY_CHUNK_BYTES = 4 << 20
 _SLICE_BYTES = 4 << 20
+_SMALL_BYTES = 64 << 10
 _WRITEBACK_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _UNKNOWN_BYTES = 1 << 62
@@ -64,13 +65,13 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def new_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
-    """Yield a descriptor to write the content of `path` to; the name appears, whole and durable, when the block ends.
+    """Yield a descriptor for the content of `path`; the name appears, whole and durable, when the block ends.
 
     The umask and a setgid directory rule over `mode`, as for any file. After an error nothing is left.
     """
     temporary = temporary_beside(path)
     with naming(path):
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
                 yield descriptor
@@ -123,35 +124,50 @@ class Stream:
     """An open file's content, written in slices that reach the disk while the next ones are made.
 
     Between two slices other threads run; and the kernel is asked to start writing every few megabytes, so that the
-    fsync at the end finds little left to do.
+    fsync at the end finds little left to do. Small pieces are gathered: each call costs a turn of the interpreter lock.
     """
 
-    def __init__(self, descriptor: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        self._descriptor = descriptor
-        self._on_bytes = on_bytes
+    def __init__(self, descriptor: int, on_written: Callable[[int], None] = lambda _: None) -> None:
+        self.descriptor = descriptor
+        self.written_bytes = 0
         self.error: OSError | None = None
-        self._written = 0
+        self._on_written = on_written
+        self._gathered = bytearray()
         self._started = 0
 
     def write(self, content: bytes | memoryview) -> int:
         """Write every byte; an OSError is also kept in `error`, for callers that lose it."""
         view = memoryview(content).cast("B")
         for start in range(0, len(view), _SLICE_BYTES):
-            part = view[start : start + _SLICE_BYTES]
-            try:
-                write_all(self._descriptor, part)
-            except OSError as error:
-                self.error = error
-                raise
-            self._written += len(part)
-            self._on_bytes(len(part))
-            if self._written - self._started >= _WRITEBACK_BYTES:
-                _start_writeback(self._descriptor, self._started, self._written - self._started)
-                self._started = self._written
+            self.write_slice(view[start : start + _SLICE_BYTES])
         return len(view)
 
+    def write_slice(self, part: memoryview) -> None:
+        """Write a few megabytes at most, or keep a few bytes for later."""
+        self.written_bytes += len(part)
+        if len(part) < _SMALL_BYTES:
+            self._gathered += part
+            if len(self._gathered) < _SLICE_BYTES:
+                return
+            part = memoryview(b"")
+        self.flush()
+        self._put(part)
+        self._on_written(self.written_bytes)
+        if self.written_bytes - self._started >= _WRITEBACK_BYTES:
+            _start_writeback(self.descriptor, self._started, self.written_bytes - self._started)
+            self._started = self.written_bytes
+
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Write what was kept."""
+        gathered, self._gathered = self._gathered, bytearray()
+        self._put(memoryview(gathered))
+
+    def _put(self, content: memoryview) -> None:
+        try:
+            write_all(self.descriptor, content)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def _start_writeback(descriptor: int, offset: int, size_bytes: int) -> None:

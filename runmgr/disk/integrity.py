@@ -1,7 +1,7 @@
 """Whether a checkpoint file holds, bit for bit, what was saved, and what it says of itself. Never imports torch.
 
-`torch.save` writes a zip whose table of contents holds a CRC-32 for each record. The digest pins everything outside the
-records (the table, headers, padding), so digest and CRCs together cover every byte of the file.
+`torch.save` writes a zip whose table of contents has a place for a CRC-32 of each record, which `RecordStream` fills. The
+digest pins everything outside the records (the table, headers, padding), so digest and CRCs together cover every byte.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from runmgr.disk import atomic
 from runmgr.disk.atomic import naming
 from runmgr.errors import CheckpointCorrupt
+
+try:
+    from zlib_ng.zlib_ng import crc32  # three to four times as fast
+except ImportError:  # a platform that it has no wheels for
+    from zlib import crc32
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,6 +35,11 @@ _CHUNK_BYTES = 1 << 20
 _THREADS = 4
 _LOCAL_HEADER_BYTES = 30
 _LENGTHS = struct.Struct("<HH")  # of the name and the extra field, the last four bytes of a local header
+# Where PKWARE's APPNOTE 4.3.9 and 4.3.12 put them: the CRC in a data descriptor; the CRC, and the lengths of name, extra
+# field and comment, in an entry of the table, whose fixed part has 46 bytes.
+_CRC, _CRC_IN_DESCRIPTOR, _CRC_IN_ENTRY = struct.Struct("<L"), 4, 16
+_ENTRY_BYTES, _LENGTHS_IN_ENTRY, _ENTRY_LENGTHS = 46, 28, struct.Struct("<3H")
+_HAS_DESCRIPTOR = 8  # a flag
 
 
 class _Record(NamedTuple):
@@ -43,7 +54,7 @@ def digest(path: Path) -> str:
     with _damage_named(path), path.open("rb", buffering=0) as file:
         seen, position = hashlib.sha256(), 0
         size_bytes = os.fstat(file.fileno()).st_size
-        for entry in _records(path, file):
+        for entry in _records(file):
             _read(file, position, entry.start - position, seen.update)
             position = entry.start + entry.size_bytes
         _read(file, position, size_bytes - position, seen.update)
@@ -68,18 +79,10 @@ def check_content(
     """
     index, count = share
     with _damage_named(path), path.open("rb", buffering=0) as file:
-        records = sorted(_records(path, file), key=lambda entry: -entry.size_bytes)[index::count]
+        records = sorted(_records(file), key=lambda entry: -entry.size_bytes)[index::count]
 
         def check(entry: _Record) -> None:
-            crc = 0
-
-            def add(part: memoryview) -> None:
-                nonlocal crc
-                crc = zlib.crc32(part, crc)
-                on_bytes(len(part))
-
-            _read(file, entry.start, entry.size_bytes, add)
-            if crc != entry.crc:
+            if _crc_of(file, entry, on_bytes) != entry.crc:
                 raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
 
         if count > 1 or sum(entry.size_bytes for entry in records) < _THREADS * _CHUNK_BYTES:
@@ -91,6 +94,49 @@ def check_content(
                 list(pool.map(check, records))
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+class RecordStream(atomic.Stream):
+    """What `torch.save` writes to when it is told to leave the CRCs out: here they are made faster.
+
+    A slice is summed on its way to the file, which finds it in the processor's cache.
+    """
+
+    def __init__(self, descriptor: int, on_written: Callable[[int], None] = lambda _: None) -> None:
+        super().__init__(descriptor, on_written)
+        self._crc = 0
+        self._pieces: dict[int, tuple[int, int]] = {}
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write every byte, and remember where they lie and their CRC-32."""
+        start, self._crc = self.written_bytes, 0
+        size_bytes = super().write(content)
+        self._pieces[start] = size_bytes, self._crc
+        return size_bytes
+
+    def write_slice(self, part: memoryview) -> None:
+        """Sum and write a few megabytes at most."""
+        self._crc = crc32(part, self._crc)
+        super().write_slice(part)
+
+    def fill_crcs(self) -> None:
+        """Put the CRCs where torch left zeros: behind each record that has a descriptor, and in the table of contents."""
+        self.flush()
+        with os.fdopen(os.dup(self.descriptor), "rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
+            records = {entry.name: entry for entry in _records(file)}
+            table_start, position = archive.start_dir, 0
+            file.seek(table_start)
+            table = bytearray(file.read())
+            for info in archive.infolist():  # in the order of the table
+                entry = records[info.filename]
+                size_bytes, crc = self._pieces.get(entry.start, (-1, 0))
+                if size_bytes != entry.size_bytes:  # torch wrote it in several pieces
+                    crc = _crc_of(file, entry)
+                if info.flag_bits & _HAS_DESCRIPTOR:
+                    os.pwrite(self.descriptor, _CRC.pack(crc), entry.start + entry.size_bytes + _CRC_IN_DESCRIPTOR)
+                _CRC.pack_into(table, position + _CRC_IN_ENTRY, crc)
+                position += _ENTRY_BYTES + sum(_ENTRY_LENGTHS.unpack_from(table, position + _LENGTHS_IN_ENTRY))
+            os.pwrite(self.descriptor, table, table_start)
 
 
 def contents(path: Path) -> dict[str, Any]:
@@ -137,9 +183,9 @@ class _PlainUnpickler(pickle.Unpickler):
         return None
 
 
-def _records(path: Path, file: FileIO) -> Iterator[_Record]:
+def _records(file: FileIO) -> Iterator[_Record]:
     """Yield where the data of each record lies, in the order of the file."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     end = 0
     for entry in entries:
@@ -150,6 +196,18 @@ def _records(path: Path, file: FileIO) -> Iterator[_Record]:
         start = entry.header_offset + len(header) + sum(_LENGTHS.unpack(header[-_LENGTHS.size :]))
         end = start + entry.compress_size
         yield _Record(entry.filename, start, entry.compress_size, entry.CRC)
+
+
+def _crc_of(file: FileIO, entry: _Record, on_bytes: Callable[[int], object] = lambda _: None) -> int:
+    crc = 0
+
+    def add(part: memoryview) -> None:
+        nonlocal crc
+        crc = crc32(part, crc)
+        on_bytes(len(part))
+
+    _read(file, entry.start, entry.size_bytes, add)
+    return crc
 
 
 def _read(file: FileIO, start: int, size_bytes: int, take: Callable[[memoryview], object]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Weights = dict[str, Tensor]
+
+_THREADS = 2  # two read as fast as memory gives
 
 
 class Average:
@@ -247,6 +250,7 @@ class BestAverage(Average):
         self.mode: Mode = mode
         self.members: list[_Member] = []
         self._updates = 0
+        self._spare: Weights = {}
 
     @torch.no_grad()
     def update(self, metric: float) -> bool:
@@ -261,13 +265,33 @@ class BestAverage(Average):
         worst = self._worst() if len(self.members) == self.k else None
         if worst is not None and not is_better(metric, worst.metric, self.mode):
             return False
-        weights = {key: tensor.detach().clone() for key, tensor in module_state(self.model).items()}
-        if not all(bool(tensor.isfinite().all()) for tensor in weights.values() if _is_averaged(tensor)):
+        own = module_state(self.model)
+        if not all(bool(tensor.isfinite().all()) for tensor in own.values() if _is_averaged(tensor)):
             return False
         if worst is not None:
             self.members.remove(worst)
-        self.members.append(_Member(metric, self._updates, weights))
+            self._reuse(worst)
+        self.members.append(_Member(metric, self._updates, self._copy(own)))
         return True
+
+    def _copy(self, own: Weights) -> Weights:
+        spare, self._spare = self._spare, {}
+        return {
+            key: spare[key].copy_(tensor)
+            if key in spare and (spare[key].shape, spare[key].dtype) == (tensor.shape, tensor.dtype)
+            else tensor.detach().clone()
+            for key, tensor in own.items()
+        }
+
+    def _reuse(self, member: _Member) -> None:
+        """Keep a member's memory for the next one: on a CPU, touching fresh memory costs many times what a copy does."""
+        self._spare = {key: tensor for key, tensor in (member.weights or {}).items() if tensor.device.type == "cpu"}
+        member.weights = None
+
+    def lies_in(self, member: _Member, object_name: str, key: str, path: Path) -> None:
+        """Let a member share the bytes of a checkpoint, which was saved with it, from now on."""
+        member.object_name, member.key, member.path = object_name, key, path
+        self._reuse(member)
 
     def _worst(self) -> _Member:
         """Return the member to leave first: the worst, among equals the newest."""
@@ -282,8 +306,9 @@ class BestAverage(Average):
         newest = max(self.members, key=lambda member: member.number, default=None)
         if newest is None or newest.weights is None or newest.weights.keys() != saved.keys():
             return None
-        same = all(_same_bits(tensor, saved[key]) for key, tensor in newest.weights.items())
-        return newest if same else None
+        with ThreadPoolExecutor(_THREADS) as pool:
+            same = pool.map(_same_bits, newest.weights.values(), [saved[key] for key in newest.weights])
+            return newest if all(same) else None
 
     def state_dict(self, shared: _Member | None = None, object_name: str = "", key: str = "net") -> dict[str, Any]:
         """Return the members: those in checkpoints by name, the others with their weights.

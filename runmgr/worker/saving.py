@@ -7,13 +7,14 @@ import dataclasses
 import errno
 import io
 import os
+import pickle
 import threading
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
 import torch
 
-from runmgr.disk import atomic, checkpoints
+from runmgr.disk import atomic, checkpoints, integrity
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import staging
 from runmgr.worker import state as states
@@ -57,19 +58,38 @@ class SaveHandle:
             self._thread.join()
 
 
-def write_file(content: Mapping[str, Any], path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+def write_file(content: Mapping[str, Any], path: Path, on_written: Callable[[int], None] = lambda _: None) -> None:
     """Write `content` to `path`, which appears whole, durable and read-only."""
-    crc = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        with atomic.new_file(path, mode=0o444) as descriptor:
-            stream = atomic.Stream(descriptor, on_bytes)
-            try:
-                torch.save(content, cast("BinaryIO", stream))
-            except RuntimeError as error:  # torch's own, when the disk refused the end of the file
-                raise stream.error or error from None
-    finally:
-        torch.serialization.set_crc32_options(crc)
+    with atomic.new_file(path, mode=0o444) as descriptor, _WithoutCrcs() as pickling:
+        stream = integrity.RecordStream(descriptor, on_written)
+        try:
+            torch.save(content, cast("BinaryIO", stream), pickle_module=pickling)
+        except RuntimeError as error:  # torch's own, when the disk refused the end of the file
+            raise stream.error or error from None
+        stream.fill_crcs()
+
+
+class _WithoutCrcs:
+    """Lets one torch.save leave the CRCs to our stream. It stands for the pickle module in that call.
+
+    The option is the whole process's, and other threads may be saving; torch.save reads it once, and asks for the pickler
+    right after that.
+    """
+
+    __name__ = "pickle"
+
+    def __enter__(self) -> Self:
+        self._before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.serialization.set_crc32_options(self._before)
+
+    @property
+    def Pickler(self) -> type[pickle.Pickler]:  # noqa: N802  # the module's own name for it
+        torch.serialization.set_crc32_options(self._before)
+        return pickle.Pickler
 
 
 def packed(value: Any) -> str:
@@ -92,7 +112,7 @@ class _InFlight:
 class _Prepared:
     content: dict[str, Any]
     checkpoint: checkpoints.Checkpoint
-    shared: list[tuple[Any, str]] = dataclasses.field(default_factory=list)
+    shared: list[tuple[BestAverage, Any, str]] = dataclasses.field(default_factory=list)
 
 
 class Saver:
@@ -164,10 +184,9 @@ class Saver:
             self._failed(in_flight.error)
             return
         self._failures = 0
-        for member, key in in_flight.save.shared:
-            entry = in_flight.save.checkpoint
-            member.object_name, member.key, member.path = entry.object_name, key, entry.path_in(self._shelf.run)
-            member.weights = None
+        entry = in_flight.save.checkpoint
+        for average, member, key in in_flight.save.shared:
+            average.lies_in(member, entry.object_name, key, entry.path_in(self._shelf.run))
 
     def has_failed(self) -> bool:
         """Whether the save in flight has failed, which the next `collect` tells."""
@@ -218,7 +237,7 @@ class Saver:
             gathered[key] = average.state_dict(member, checkpoint.object_name, model_key)
             members += [entry["object"] for entry in gathered[key]["members"] if entry["object"]]
             if member is not None:
-                shared.append((member, model_key))
+                shared.append((average, member, model_key))
         content = gathered | facts | {"run_id": self._run_id, "rng": rng}
         self._check_space(content)
         checkpoint = dataclasses.replace(checkpoint, members=tuple(dict.fromkeys(members)))
@@ -273,12 +292,11 @@ class Saver:
 
     def _progress(self, content: Mapping[str, Any]) -> Callable[[int], None]:
         """Return what tells the log, every ten seconds, how far a long save is."""
-        total, done, start = staging.size_bytes_of(content), 0, time.monotonic()
+        total, start = staging.size_bytes_of(content), time.monotonic()
         told = start
 
-        def advance(count: int) -> None:
-            nonlocal done, told
-            done += count
+        def advance(done: int) -> None:
+            nonlocal told
             now = time.monotonic()
             if now - told >= _PROGRESS_EVERY_S:
                 told = now
