@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import look
-from runmgr.disk import checkpoints, directory, integrity
+from runmgr.disk import checkpoints, directory, integrity, record
 from runmgr.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _REDRAW_S = 0.1
+_LOOKS, _LOOK_AGAIN_S = 10, 0.2
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,10 +42,7 @@ def _verify(given: argparse.Namespace) -> int:
     run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
     entries = checkpoints.listed(run)
     bar = _Bar(sum(entry.size_bytes for entry in entries)) if given.deep else None
-    found: list[dict[str, Any]] = [
-        {"file": entry.object_name, "names": list(entry.names), "problem": _problem(run, entry, bar)}
-        for entry in entries
-    ]
+    found = [item for entry in entries if (item := _judged(run, entry, bar)) is not None]
     if bar is not None:
         bar.close()
     damaged = [item for item in found if item["problem"]]
@@ -60,6 +58,20 @@ def _verify(given: argparse.Namespace) -> int:
     return 1 if damaged else 0
 
 
+def _judged(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Bar | None) -> dict[str, Any] | None:
+    """Say what is wrong with a checkpoint, if anything; None when the training removed it meanwhile."""
+    problem = _problem(run, entry, bar)
+    for _ in range(_LOOKS):  # a save may be between its record and its names
+        if problem is None or record.status_of(run, record.read_json(run.record_path) or {}) != "running":
+            break
+        time.sleep(_LOOK_AGAIN_S)
+        now = next((other for other in checkpoints.listed(run) if other.object_name == entry.object_name), None)
+        if now is None:
+            return None
+        entry, problem = now, _problem(run, now, bar)
+    return {"file": entry.object_name, "names": list(entry.names), "problem": problem}
+
+
 def _problem(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Bar | None) -> str | None:
     path = entry.path_in(run)
     try:
@@ -68,8 +80,11 @@ def _problem(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _B
         else:
             checkpoints.verify(run, entry, bar.advance)
         for name in entry.names:
-            if not checkpoints.is_same_content(path, run.path / name):
-                return f"{run.path / name} is missing or holds something else"
+            public = run.path / name
+            if not checkpoints.is_same_content(path, public):
+                return f"{public} is missing or holds something else"
+            if bar is not None and not path.samefile(public):
+                integrity.check_content(public)
     except (CheckpointCorrupt, OSError) as error:
         return str(error)
     return None

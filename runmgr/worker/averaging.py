@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from runmgr.disk import integrity
 from runmgr.disk.checkpoints import Mode, is_better
-from runmgr.errors import InvalidInput, RunError
+from runmgr.errors import CheckpointCorrupt, InvalidInput, RunError
 from runmgr.worker import agreement
 from runmgr.worker.state import load_module_state, module_state, unwrap
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     Weights = dict[str, Tensor]
 
+_logger = logging.getLogger("runmgr.average")
 _THREADS = 2  # two read as fast as memory gives
 
 
@@ -230,6 +233,7 @@ class _Member:
             )
         from runmgr.worker.loading import load_file
 
+        integrity.check_content(self.path)
         return dict(load_file(self.path, mmap=True)[self.key])
 
 
@@ -285,8 +289,9 @@ class BestAverage(Average):
 
     def _reuse(self, member: _Member) -> None:
         """Keep a member's memory for the next one: on a CPU, touching fresh memory costs many times what a copy does."""
-        self._spare = {key: tensor for key, tensor in (member.weights or {}).items() if tensor.device.type == "cpu"}
-        member.weights = None
+        if member.weights is not None:
+            self._spare = {key: tensor for key, tensor in member.weights.items() if tensor.device.type == "cpu"}
+            member.weights = None
 
     def lies_in(self, member: _Member, object_name: str, key: str, path: Path) -> None:
         """Let a member share the bytes of a checkpoint, which was saved with it, from now on."""
@@ -366,8 +371,7 @@ class BestAverage(Average):
     def _compute(self, own: Weights) -> Weights:
         if not self.members:
             raise InvalidInput("nothing to average: no update() with a finite metric so far")
-        ordered = sorted(self.members, key=lambda member: member.number)
-        loaded = [member.load() for member in ordered]
+        loaded = self._loaded_members()
         result = {}
         for key, tensor in own.items():
             if not _is_averaged(tensor):
@@ -378,6 +382,24 @@ class BestAverage(Average):
                 total += weights[key].to(tensor.device).to(total.dtype)
             result[key] = (total / len(loaded)).to(tensor.dtype)
         return result
+
+    def _loaded_members(self) -> list[Weights]:
+        """Return the members' weights, oldest first; one whose file is lost or damaged leaves the average, loudly."""
+        loaded = []
+        for member in sorted(self.members, key=lambda member: member.number):
+            try:
+                loaded.append(member.load())
+            except (CheckpointCorrupt, OSError) as error:
+                self.members.remove(member)
+                _logger.warning(
+                    "a member of the average (metric %g) is left out, %d stay: %s",
+                    member.metric,
+                    len(self.members),
+                    error,
+                )
+                if not self.members:
+                    raise
+        return loaded
 
 
 def _is_averaged(tensor: Tensor) -> bool:

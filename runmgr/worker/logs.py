@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from torch.utils.tensorboard import SummaryWriter
@@ -20,7 +23,7 @@ class Logs:
     """This rank's log file, which its first record makes, fed by the `runmgr` logger and whoever uses `handler`."""
 
     def __init__(self, path: Path, *, on_console: bool) -> None:
-        self.handler = logging.FileHandler(path, delay=True, encoding="utf-8", errors="backslashreplace")
+        self.handler = _LogFile(path, delay=True, encoding="utf-8", errors="backslashreplace")
         formatter = logging.Formatter(_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self.handler.setFormatter(formatter)
@@ -47,18 +50,40 @@ class Logs:
         self._package.setLevel(self._level)
 
 
+class _LogFile(logging.FileHandler):
+    """Says once, in one line, that the file cannot be written, instead of a traceback for each record."""
+
+    _has_complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_complained:
+            self._has_complained = True
+            print(f"runmgr: the log {self.baseFilename} cannot be written: {error.strerror}", file=sys.stderr)  # noqa: T201
+
+
 class TensorBoard:
-    """A `SummaryWriter` that is made at its first use; after a restore it first purges the steps to be done again."""
+    """A `SummaryWriter` that is made at its first use; after a restore it first purges the steps to be done again.
+
+    A disk that refuses what is written costs scalars, with a warning, never the training: the next `flush` makes a new
+    writer, since tensorboard's own does nothing any more.
+    """
 
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
+        self._is_refused = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.writer, name)
+        found: Any = NoTensorBoard().nothing
+        with self._tolerated():
+            found = getattr(NoTensorBoard() if self._is_refused else self.writer, name)
+        return self._tolerating(found) if callable(found) else found
 
     @property
     def writer(self) -> SummaryWriter:
@@ -76,18 +101,42 @@ class TensorBoard:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
             event = Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
-            self._writer._get_file_writer().add_event(event, self._purge_step)  # type: ignore[no-untyped-call]  # noqa: SLF001
+            with self._tolerated():
+                self._writer._get_file_writer().add_event(event, self._purge_step)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
     def flush(self) -> None:
         """Hand what was added to the operating system, so that a killed process loses none of it."""
+        self._is_refused = False
         if self._writer is not None:
-            self._writer.flush()
+            with self._tolerated():
+                self._writer.flush()
 
     def close(self) -> None:
         """Close the events file, if there is one."""
         if self._writer is not None:
-            self._writer.close()
+            with self._tolerated():
+                self._writer.close()
             self._writer = None
+
+    def _tolerating(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            with self._tolerated():
+                return method(*args, **options)
+
+        return call
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer, self._is_refused = None, True
+            logging.getLogger(f"{LOGGER_NAME}.tensorboard").warning(
+                "TensorBoard's file in %s cannot be written: %s; scalars are lost until the next save",
+                self._log_dir,
+                error,
+            )
 
 
 class NoTensorBoard:
@@ -96,7 +145,7 @@ class NoTensorBoard:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._nothing
+        return self.nothing
 
-    def _nothing(self, *_args: Any, **_options: Any) -> None:
-        return None
+    def nothing(self, *_args: Any, **_options: Any) -> None:
+        """Do nothing."""

@@ -47,6 +47,18 @@ class SaveHandle:
         """Whether the write has ended, well or not."""
         return self._thread is None or self._ended.is_set()
 
+    def _start(self, write: Callable[[], None]) -> None:
+        """Let a thread do the writing; RuntimeError where there can be no more threads."""
+        thread = threading.Thread(target=lambda: self._run(write), name="runmgr-save")
+        thread.start()
+        self._thread = thread
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        finally:
+            self._ended.set()
+
     def wait(self) -> None:
         """Return when this rank's write has ended: rank 0's, since the others have none. `Run.wait` is for all ranks.
 
@@ -133,6 +145,7 @@ class Saver:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Make the memory ready that a first `save(block=False)` of `state` will need; given back if it does block."""
         size_bytes, on_gpu = states.expected_size(state)
+        self._check_keep(size_bytes)
         self._staging.reserve(size_bytes, pinned=on_gpu)
 
     def save(
@@ -166,8 +179,12 @@ class Saver:
             self.collect()
             return handle
         in_flight.save.content = copied
-        handle._thread = threading.Thread(target=self._write_behind, args=(in_flight,), name="runmgr-save")  # noqa: SLF001  # made for each other
-        handle._thread.start()  # noqa: SLF001  # as above
+        try:
+            handle._start(lambda: self._write_behind(in_flight))  # noqa: SLF001  # made for each other
+        except RuntimeError as error:  # ulimit -u, or the control group's pids.max
+            self._warn_once(f"{error}, so save(block=False) waits for the write")
+            self._write_behind(in_flight)
+            self.collect()
         return handle
 
     def collect(self) -> None:
@@ -253,13 +270,10 @@ class Saver:
 
     def _staged(self, content: dict[str, Any]) -> dict[str, Any] | None:
         """Copy the content, or say once why it has to be written while training waits."""
-        copied = self._staging.copy(staging.ordinary(content)) if staging.can_stage(content) else None
+        can_stage = staging.can_stage(content)
+        copied = self._staging.copy(staging.ordinary(content)) if can_stage else None
         if copied is None:
-            why = (
-                "memory is short for a second copy of the state"
-                if staging.can_stage(content)
-                else "the state holds sparse tensors"
-            )
+            why = "memory is short for a second copy of the state" if can_stage else "the state holds sparse tensors"
             self._warn_once(f"{why}, so save(block=False) waits for the write")
             return None
         self._has_staged = True
@@ -273,7 +287,6 @@ class Saver:
             in_flight.error = error
         finally:
             in_flight.save.content = {}
-            in_flight.handle._ended.set()  # noqa: SLF001  # as in save()
 
     def _write(self, in_flight: _InFlight) -> None:
         start = time.perf_counter()
@@ -288,7 +301,7 @@ class Saver:
             ", ".join(published.names), published.epoch, published.step, published.size_bytes / 1e6, seconds,
             published.size_bytes / 1e9 / seconds,
         )  # fmt: skip
-        self._check_keep(published)
+        self._check_keep(published.size_bytes)
 
     def _progress(self, content: Mapping[str, Any]) -> Callable[[int], None]:
         """Return what tells the log, every ten seconds, how far a long save is."""
@@ -326,14 +339,14 @@ class Saver:
             raise error
         self._logger.warning("a save failed: %s; training goes on with the previous checkpoint", told["error"])
 
-    def _check_keep(self, published: checkpoints.Checkpoint) -> None:
+    def _check_keep(self, size_bytes: int) -> None:
         """Warn when the files that `keep` will collect cannot all lie on this disk."""
         keep = self._shelf.keep
         wanted = max(keep.last or 1, 1) + keep.best + len(keep.epochs) + 1
         more, free = wanted - len(self._shelf.entries), atomic.free_bytes(self._shelf.run.objects_path)
-        if more * published.size_bytes > free:
+        if more * size_bytes > free:
             self._warn_once(
-                f"{keep} collects {more} more files of {published.size_bytes / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are "
+                f"{keep} collects {more} or more files of {size_bytes / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are "
                 f"free: make room or keep fewer"
             )
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import random
 import shutil
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from disk.syscalls import deny, in_child
 from torch import nn
 
 import runmgr
@@ -133,6 +138,41 @@ def test_verify_names_the_file(saved, capsys, damage):
         shallow = expected = [entries[2].object_name]
     assert _verify(capsys, run, "--deep") == (int(bool(expected)), expected)
     assert _verify(capsys, run) == (int(bool(shallow)), shallow)
+
+
+def test_verify_reads_the_copies_where_links_do_not_work(capsys):
+    def copied():
+        deny("link", "linkat", error=errno.EPERM)
+        with runmgr.start_run("copies", monitor="acc") as run:
+            run.save({"x": torch.ones(1000)}, epoch=1, metrics={"acc": 1})
+        return run.run_dir
+
+    best = in_child(copied) / "ckpt_best.pth"
+    assert cli.main(["verify", "copies", "--deep"]) == 0
+    best.chmod(0o644)
+    content = bytearray(best.read_bytes())
+    content[content.find(torch.ones(100).numpy().tobytes())] ^= 1
+    best.write_bytes(content)
+    assert cli.main(["verify", "copies", "--deep"]) == 1
+    assert f"{best} is damaged" in capsys.readouterr().out
+
+
+def test_verify_does_not_blame_a_run_that_is_being_saved(capsys):
+    with runmgr.start_run("live", monitor="acc") as run:
+        ended = threading.Event()
+
+        def look():
+            codes = [cli.main(["verify", run.run_id]) for _ in range(30)]
+            ended.set()
+            return codes
+
+        with ThreadPoolExecutor(1) as pool:
+            codes = pool.submit(look)
+            for epoch in itertools.count(1):
+                run.save({"x": torch.ones(1000)}, epoch=epoch, metrics={"acc": epoch})
+                if ended.is_set():
+                    break
+    assert set(codes.result()) == {0}, capsys.readouterr().out
 
 
 def test_verify_reads_as_a_person_would_have_it(saved, capsys):

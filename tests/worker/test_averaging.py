@@ -313,6 +313,45 @@ def test_a_member_shares_the_bytes_of_the_checkpoint_saved_after_its_update():
     Net().load_state_dict(content["net"])
 
 
+def test_a_damaged_member_leaves_the_average_loudly():
+    model = Net()
+    average = BestAverage(model, k=3)
+    states = []
+    with runmgr.start_run("x") as run:
+        for epoch in (1, 2, 3):
+            states.append(shake(model, epoch))
+            average.update(epoch)
+            run.save({"net": model, "average": average}, epoch=epoch)
+        damaged = average.members[0].path
+        damaged.chmod(0o644)
+        content = bytearray(damaged.read_bytes())
+        place = content.find(states[0]["linear.weight"].numpy().tobytes())
+        assert place > 0
+        content[place] ^= 64
+        damaged.write_bytes(content)
+        assert_within_one_ulp(average.averaged_state_dict(), mean(states[1:]))
+        assert [member.metric for member in average.members] == [2, 3]
+        log = next(run.run_dir.glob("log_*.txt")).read_text()
+    assert f"(metric 1) is left out, 2 stay: {damaged} is damaged" in log
+
+
+def test_the_memory_of_a_member_is_used_again_by_the_next():
+    model = Net()
+    average = BestAverage(model, k=1)
+    with runmgr.start_run("x") as run:
+        average.update(1)
+        first = {key: tensor.data_ptr() for key, tensor in average.members[0].weights.items()}
+        run.save({"net": model, "average": average}, epoch=1)
+        state = shake(model, 2)
+        average.update(2)
+        assert {key: tensor.data_ptr() for key, tensor in average.members[0].weights.items()} == first
+        assert_same_bits(average.averaged_state_dict(), state)
+        with torch.no_grad():
+            model.linear.weight[0] = float("nan")
+        assert not average.update(3)
+        assert_same_bits(average.averaged_state_dict(), state)
+
+
 def test_weights_that_changed_between_update_and_save_are_stored_beside_and_stay_right():
     model = Net()
     average = BestAverage(model, k=3)

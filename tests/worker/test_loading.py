@@ -45,7 +45,7 @@ def _state(value):
 
 def _records_of(path):
     with path.open("rb", buffering=0) as file:
-        return list(integrity._records(path, file))
+        return list(integrity._records(file))
 
 
 def _flip(path, position):

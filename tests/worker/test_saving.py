@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
 from processes import REPOSITORY, clean_environment, run_ranks, values
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from worker.faults import fill, small_disk
 
@@ -168,6 +170,59 @@ def test_with_warn_training_goes_on_until_the_third_failure_in_a_row(tmp_path, b
                 run.wait()
             (disk / "ballast").unlink()
         assert "a save failed" in next(run.run_dir.glob("log_*.txt")).read_text()
+
+
+@pytest.mark.needs("root")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's own thread
+def test_a_full_disk_costs_scalars_and_log_lines_and_never_the_training(tmp_path, capfd, caplog):
+    model = nn.Linear(64, 64)
+    with small_disk(tmp_path / "disk", 3 << 20) as disk:
+        with runmgr.start_run("full", ckpt_root_dir=disk, on_save_error="warn") as run:
+            run.log_scalars({"loss": 1}, step=0)
+            run.save({"net": model}, epoch=1)
+            ballast = fill(disk)
+            for epoch in (2, 3):
+                for step in range(300):
+                    run.log_scalars({"loss": 1}, step=300 * epoch + step)
+                    run.logger.info("a line that has no room on the disk " * 9)
+                run.save({"net": model}, epoch=epoch)
+            ballast.unlink()
+            run.save({"net": model}, epoch=4)
+            run.log_scalars({"loss": 1}, step=1200)
+        assert _load(run)["epoch"] == 4
+        events = EventAccumulator(str(run.run_dir)).Reload().Scalars("loss")
+        assert (events[0].step, events[-1].step) == (0, 1200)
+    said = capfd.readouterr().err
+    assert "Logging error" not in said
+    assert said.count("cannot be written: No space left on device") == 1
+    assert 1 <= caplog.text.count("scalars are lost until the next save") <= 3
+
+
+def test_without_a_thread_to_be_had_a_background_save_is_a_blocking_one(monkeypatch):
+    """No real limit: those on threads do not bind root, and cannot be taken back."""
+
+    def start(thread, original=threading.Thread.start):
+        if thread.name == "runmgr-save":
+            raise RuntimeError("can't start new thread")
+        original(thread)
+
+    with runmgr.start_run("threads") as run:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        handle = run.save({"x": torch.ones(3)}, epoch=1, block=False)
+        assert handle.is_done
+        assert _load(run)["epoch"] == handle.checkpoint.epoch == 1
+    assert "can't start new thread, so save(block=False) waits" in next(run.run_dir.glob("log_*.txt")).read_text()
+
+
+def test_torch_saves_of_other_threads_keep_their_crcs(tmp_path):
+    plain = tmp_path / "plain.pth"
+    with runmgr.start_run("beside") as run:
+        for epoch in range(20):
+            run.save({"x": [torch.ones(1000) for _ in range(100)]}, epoch=epoch, block=False)
+            while not run._saver._in_flight.handle.is_done:
+                torch.save({"x": torch.ones(10)}, plain)
+                with zipfile.ZipFile(plain) as archive:
+                    assert all(entry.CRC for entry in archive.infolist())
 
 
 _CHILD = """
