@@ -84,8 +84,8 @@ def write_file(content: Mapping[str, Any], path: Path, on_written: Callable[[int
 class _WithoutCrcs:
     """Lets one torch.save leave the CRCs to our stream. It stands for the pickle module in that call.
 
-    The option is the whole process's, and other threads may be saving; torch.save reads it once, and asks for the pickler
-    right after that.
+    In older versions the option is the whole process's, and other threads may be saving; torch.save reads it once, and asks
+    for the pickler right after that.
     """
 
     __name__ = "pickle"

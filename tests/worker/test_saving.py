@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import json
@@ -23,6 +24,7 @@ from worker.faults import fill, small_disk
 
 import runmgr
 from runmgr.errors import RankFailed
+from runmgr.worker import saving
 
 
 def _load(run, name="latest"):
@@ -214,17 +216,22 @@ def test_without_a_thread_to_be_had_a_background_save_is_a_blocking_one(monkeypa
     assert "can't start new thread, so save(block=False) waits" in next(run.run_dir.glob("log_*.txt")).read_text()
 
 
-def test_torch_saves_of_other_threads_keep_their_crcs(tmp_path, monkeypatch):
-    _slow_writes(monkeypatch)
-    plain = tmp_path / "plain.pth"
-    with runmgr.start_run("beside") as run:
-        handle = run.save({"x": torch.ones(1000)}, epoch=1, block=False)
-        time.sleep(0.05)
-        assert not handle.is_done
-        torch.save({"x": torch.ones(10)}, plain)
-        assert not handle.is_done
-        with zipfile.ZipFile(plain) as archive:
-            assert all(entry.CRC for entry in archive.infolist())
+def test_the_option_without_crcs_is_back_before_anything_is_pickled():
+    """It is the whole process's in older versions of torch, where other threads may be saving."""
+    seen = []
+
+    class Watched(collections.OrderedDict):
+        def __reduce_ex__(self, protocol):
+            seen.append(torch.serialization.get_crc32_options())
+            return super().__reduce_ex__(protocol)
+
+    with runmgr.start_run("option") as run:
+        saving.write_file({"x": Watched(a=torch.ones(10))}, run.run_dir / "file.pth")
+    assert seen == [True]
+    assert torch.serialization.get_crc32_options()
+    with zipfile.ZipFile(run.run_dir / "file.pth") as archive:
+        assert archive.testzip() is None
+        assert all(entry.CRC for entry in archive.infolist())
 
 
 _CHILD = """
