@@ -220,13 +220,13 @@ def test_the_option_without_crcs_is_back_before_anything_is_pickled():
     """It is the whole process's in older versions of torch, where other threads may be saving."""
     seen = []
 
-    class Watched(collections.OrderedDict):
-        def __reduce_ex__(self, protocol):
+    class Watched:
+        def __reduce__(self):
             seen.append(torch.serialization.get_crc32_options())
-            return super().__reduce_ex__(protocol)
+            return collections.OrderedDict, ()
 
     with runmgr.start_run("option") as run:
-        saving.write_file({"x": Watched(a=torch.ones(10))}, run.run_dir / "file.pth")
+        saving.write_file({"x": Watched(), "y": torch.ones(10)}, run.run_dir / "file.pth")
     assert seen == [True]
     assert torch.serialization.get_crc32_options()
     with zipfile.ZipFile(run.run_dir / "file.pth") as archive:
