@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 import torch
 
 from runmgr.disk import atomic, checkpoints, integrity
-from runmgr.errors import InvalidInput, RunError
+from runmgr.errors import InvalidInput, RunError, Superseded
 from runmgr.worker import staging
 from runmgr.worker import state as states
 
@@ -233,7 +233,11 @@ class Saver:
         }
         self._check_space(content)
         in_flight = _InFlight(_Prepared(content, self._shelf.next(kind="average")), SaveHandle())
-        self._write(in_flight)
+        try:
+            self._write(in_flight)
+        except OSError as error:
+            self._check_newest(error)
+            raise
         return in_flight.save.checkpoint
 
     def _prepared(
@@ -329,6 +333,7 @@ class Saver:
             error, RunError
         ):  # a newer attempt writes here now, or the input was wrong: nothing to go on with
             raise error
+        self._check_newest(error)
         self._failures += 1
         told = {"error": f"{type(error).__name__}: {error}", "in_a_row": self._failures}
         try:
@@ -338,6 +343,15 @@ class Saver:
         if self._on_error == "raise" or self._failures >= _FAILURES_UNTIL_RAISE:
             raise error
         self._logger.warning("a save failed: %s; training goes on with the previous checkpoint", told["error"])
+
+    def _check_newest(self, error: Exception) -> None:
+        """Raise Superseded if that is why a call failed: a newer attempt sweeps away what this one was writing."""
+        try:
+            self._shelf.attempt.check_newest()
+        except Superseded as superseded:
+            raise superseded from error
+        except OSError:  # then the disk is the trouble, and `error` says so
+            pass
 
     def _check_keep(self, size_bytes: int) -> None:
         """Warn when the files that `keep` will collect cannot all lie on this disk."""
