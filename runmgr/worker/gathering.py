@@ -36,6 +36,8 @@ class Gathering:
             if key not in averages and key not in own
         }
         self._own = {key: loadable(states.state_of(value), key) for key, value in own.items()}
+        found = {key: list(filter(states.is_sharded, tensors_in(self.content[key]))) for key in sorted(self.content)}
+        self._sharded = {key: tensors for key, tensors in found.items() if tensors}
         self.rng: list[dict[str, str]] = []
         self.private: set[int] = set()
         for key, part in self.content.items():
@@ -52,7 +54,7 @@ class Gathering:
         return {
             "rng": states.rng_state(),
             "own": {key: saving.packed(part) for key, part in self._own.items()},
-            "sharded": {key: _outline(tensors) for key, tensors in self._sharded().items()},
+            "sharded": {key: _outline(tensors) for key, tensors in self._sharded.items()},
         }
 
     def join(self, contributions: list[dict[str, Any]]) -> bool:
@@ -66,7 +68,7 @@ class Gathering:
 
     def check_room(self) -> None:
         """Raise, before any rank waits for another, where the device cannot hold the greatest tensor whole."""
-        tensors = [tensor for part in self._sharded().values() for tensor in part]
+        tensors = [tensor for part in self._sharded.values() for tensor in part]
         if tensors:
             greatest = max(tensors, key=lambda tensor: tensor.nbytes)
             torch.empty(greatest.shape, dtype=greatest.dtype, device=greatest.device)
@@ -92,8 +94,9 @@ class Gathering:
                 failures.append(error)
                 return None
 
-        for key in sorted(self.content):
+        for key in self._sharded:
             self.content[key] = map_tensors(self.content[key], whole)
+        self._sharded = {}
         if failures:
             raise failures[0]
 
@@ -103,10 +106,6 @@ class Gathering:
         if found.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
             self.private.add(identity(found))
         return found
-
-    def _sharded(self) -> dict[str, list[torch.Tensor]]:
-        found = {key: list(filter(states.is_sharded, tensors_in(self.content[key]))) for key in sorted(self.content)}
-        return {key: tensors for key, tensors in found.items() if tensors}
 
 
 def gather(

@@ -84,6 +84,8 @@ def _mapping(value: Mapping[Any, Any], where: str) -> dict[Any, Any]:
 
 
 def _key(key: Any, where: str) -> Any:
+    if type(key) is str:  # as nearly all are, and there are several for each tensor of an optimizer
+        return key
     while isinstance(key, enum.Enum):
         key = key.value
     plain = _plain_scalar(key)

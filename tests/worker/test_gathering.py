@@ -47,7 +47,7 @@ CASES = {
     "a module's state dict": lambda model, _: {"x": model.state_dict()},
     "an optimizer alone": lambda _, optimizer: {"x": optimizer},
     "an object that holds some": lambda model, _: {"x": _Holder({"nested": [model.state_dict()]})},
-    "in a dataclass": lambda model, _: {"x": (1, {"parameters": list(model.parameters())})},
+    "in nested containers": lambda model, _: {"x": (1, {"parameters": list(model.parameters())})},
     "a mapping that is no dict": lambda model, _: MappingProxyType({"x": model}),
     "another mapping": lambda model, _: UserDict({"a": 1, "x": model}),
 }
