@@ -12,7 +12,7 @@ from torch import nn
 
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import loading, logs, meeting, preemption, saving
+from runmgr.worker import gathering, loading, logs, meeting, preemption, saving
 from runmgr.worker import state as states
 from runmgr.worker.averaging import Average, BestAverage
 
@@ -134,57 +134,36 @@ class Run:
         Every rank. `epoch` counts finished epochs, `step` finished steps; give one or both. The file holds the keys
         of `state` (modules bare, with full state dicts) and epoch, step, metrics, run_id and the random-number states
         of all ranks. If it fails on any rank it raises the same error on all, and the previous checkpoint is intact.
+        `state_dict()` is called on every rank; rank 0's is saved. What `torch.load(weights_only=True)` would not load is
+        an error naming its place; named tuples become tuples, dataclasses dicts, enums and paths what they stand for.
 
         Blocking, it is durable on return. With `block=False` it returns once the state is copied; the write goes on in
         the background, the next save waits for it, and an error is raised on all ranks by the next `save`,
         `should_stop` or `wait`. One more copy of the state is then held in memory on rank 0 (`restore` makes it ready).
         """
         self._check_open()
-        what = f"save a checkpoint in {self.run_dir}"
-        averages = (
-            {key: value for key, value in state.items() if isinstance(value, BestAverage)}
-            if hasattr(state, "items")
-            else {}
-        )
-        gathered: dict[str, Any] = {}
         handles: list[saving.SaveHandle] = []
 
-        def contribute() -> dict[str, Any]:
+        def take() -> gathering.Gathering:
             self._check_save(state, epoch, step)
             saving.plain_metrics(metrics)
-            own = {key: value.value for key, value in state.items() if isinstance(value, states.PerRank)}
-            return {
-                "rng": states.rng_state(),
-                "own": {key: saving.packed(value) for key, value in states.gather(own).items()},
-            }
+            return gathering.Gathering(state)
 
-        def whole() -> dict[str, Any]:
-            others = {
-                key: value for key, value in state.items() if not isinstance(value, (BestAverage, states.PerRank))
-            }
-            return states.gather(others, is_main=self.is_main)
-
-        def decide(contributions: list[dict[str, Any]]) -> None:
+        def write(found: gathering.Gathering) -> None:
             assert self._saver is not None
             self.tensorboard.flush()
-            found = gathered or whole()
-            for key in contributions[0]["own"]:
-                found[key] = {"per_rank": [loading.unpacked(entry["own"][key]) for entry in contributions]}
-            handles.append(
-                self._saver.save(
-                    found,
-                    averages,
-                    model_keys={key: _key_of_model(state, average) for key, average in averages.items()},
-                    facts={"epoch": epoch, "step": step, "metrics": saving.plain_metrics(metrics)},
-                    rng=[entry["rng"] for entry in contributions],
-                    block=block,
-                )
+            handle = self._saver.save(
+                found.content,
+                found.averages,
+                model_keys={key: _key_of_model(state, average) for key, average in found.averages.items()},
+                facts={"epoch": epoch, "step": step, "metrics": saving.plain_metrics(metrics)},
+                rng=found.rng,
+                block=block,
+                private=found.private,
             )
+            handles.append(handle)
 
-        if isinstance(state, dict) and states.is_sharded(state):
-            self._agreement.agree(what, lambda _: None, lambda: self._check_save(state, epoch, step))
-            gathered = whole()
-        self._agreement.agree(what, decide, contribute)
+        gathering.gather(self._agreement, f"save a checkpoint in {self.run_dir}", take, write)
         return handles[0] if handles else saving.SaveHandle()
 
     def restore(self, state: Mapping[str, Any], name: str = "latest") -> Progress:
@@ -206,7 +185,7 @@ class Run:
         loaded: dict[str, Any] = {}
 
         def load() -> None:
-            loaded.update(loading.load_file(path, mmap=loading.can_map(path)))
+            loaded.update(chosen.content)
             values = states.restore(state, loaded, self.rank)
             for average in state.values():
                 if isinstance(average, BestAverage):

@@ -23,6 +23,7 @@ from runmgr.disk import integrity
 from runmgr.disk.checkpoints import Mode, is_better
 from runmgr.errors import CheckpointCorrupt, InvalidInput, RunError
 from runmgr.worker import agreement
+from runmgr.worker.staging import map_tensors, mapping_like
 from runmgr.worker.state import load_module_state, module_state, unwrap
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Average:
         """Return the average as a state dict of the bare model: its keys, dtypes and device. Every rank."""
         own = module_state(self.model)
         ranks = agreement.current_ranks()
-        result: Weights = {}
+        result: Weights = mapping_like(own, {})
 
         def compute(_: list[Any]) -> None:
             result.update(self._compute(own))
@@ -74,7 +75,7 @@ class Average:
         Every rank.
         """
         averaged = self.averaged_state_dict()
-        own = {key: tensor.detach().clone() for key, tensor in module_state(self.model).items()}
+        own = map_tensors(module_state(self.model), lambda tensor: tensor.detach().clone())
         load_module_state(self.model, averaged)
         try:
             yield

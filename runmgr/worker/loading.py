@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
+import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,12 +27,17 @@ if TYPE_CHECKING:
     from runmgr.worker.agreement import Agreement
 
 
+# What torch's unpickler itself says, in the middle of its advice.
+_REFUSAL = re.compile(r"WeightsUnpickler error:\s*(.+?)(?= Please use |\n|$)")
+
+
 class Chosen(NamedTuple):
-    """The file to load, as the log calls it; `renamed` translates members of averages after a fork."""
+    """The loaded file, as the log calls it; `renamed` translates members of averages after a fork."""
 
     path: Path
     shown: str
     renamed: dict[str, str]
+    content: Any
 
 
 def load_file(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
@@ -40,6 +47,15 @@ def load_file(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False
     """
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap or None)
+    except pickle.UnpicklingError as error:
+        found = _REFUSAL.search(str(error))
+        reason = found[1].strip() if found else str(error)
+        raise CheckpointCorrupt(
+            f"{path} holds what torch.load(weights_only=True) of torch {torch.__version__} does not read: {reason} It was "
+            f"saved by another program or a newer torch; if you trust it, save its tensors and plain values anew.",
+            path=str(path),
+            reason=reason,
+        ) from None
     except (RuntimeError, EOFError, ValueError) as error:
         raise CheckpointCorrupt(f"{path} cannot be loaded: {error}", path=str(path), reason=str(error)) from error
 
@@ -52,36 +68,44 @@ def can_map(path: Path) -> bool:
 
 def unpacked(text: str) -> Any:
     """Return what `saving.packed` was given."""
-    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+    return torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
 
 
 def choose(
     agreement: Agreement, run: RunDirectory, shelf: Shelf | None, name: str, logger: logging.Logger
 ) -> Chosen | None:
-    """Return the newest checkpoint that is whole, or exactly the one called `name`; None if there is none yet. Every rank.
+    """Load the newest checkpoint that is whole, or exactly the one called `name`; None if there is none yet. Every rank.
 
-    `shelf` is rank 0's, which offers one after the other; the ranks of each host read it through.
+    `shelf` is rank 0's, which offers one after the other; the ranks of each host read it through, then each loads it.
     """
     offers = _offers(shelf, name, logger) if shelf is not None else None
     offer: dict[str, Any] | None = None
-    is_checked = False
+    step = "offer"
+    loaded: list[Any] = []
 
     def contribute() -> dict[str, Any]:
-        return {"host": agreement.ranks.host, "problem": _problem(run, offer, agreement) if offer else None}
+        problem = None
+        if offer and step == "verify":
+            problem = _problem(run, offer, agreement)
+        elif offer and step == "load":
+            loaded[:], problem = _loaded(Path(offer["path"]), agreement)
+        return {"host": agreement.ranks.host, "problem": problem}
 
     def decide(answers: list[dict[str, Any]]) -> dict[str, Any]:
         assert offers is not None
         problem = next((answer["problem"] for answer in answers if answer["problem"]), "")
         if offer and not problem:
-            return {"offer": offer, "is_checked": True}
+            return {"offer": offer, "step": "load" if step == "verify" else "end"}
         found = offers.send(problem) if offer else next(offers)
+        if found is None:
+            return {"offer": None, "step": "end"}
         shares = _shares([answer["host"] for answer in answers])
-        return {"offer": found and found | {"shares": shares}, "is_checked": not (found and found["entry"])}
+        return {"offer": found | {"shares": shares}, "step": "verify" if found["entry"] else "load"}
 
-    while not is_checked:
+    while step != "end":
         answer = agreement.agree(f"choose a checkpoint of {run.path}", decide, contribute)
-        offer, is_checked = answer["offer"], answer["is_checked"]
-    return Chosen(Path(offer["path"]), offer["shown"], offer["renamed"]) if offer else None
+        offer, step = answer["offer"], answer["step"]
+    return Chosen(Path(offer["path"]), offer["shown"], offer["renamed"], loaded[0]) if offer else None
 
 
 def _offers(shelf: Shelf, name: str, logger: logging.Logger) -> Generator[dict[str, Any] | None, str, None]:
@@ -95,7 +119,8 @@ def _offers(shelf: Shelf, name: str, logger: logging.Logger) -> Generator[dict[s
         if not public.exists():
             there = sorted({found for known in shelf.checkpoints for found in known.names})
             raise CheckpointNotFound(f"run {shelf.run.run_id} has no {public.name}; it has {there}", path=str(public))
-        yield _foreign(public)
+        problem = yield _foreign(public)
+        raise CheckpointCorrupt(problem, path=str(public), reason=problem)
     rejected: list[str] = []
     for entry in reversed(shelf.checkpoints):
         problem = yield _offer(shelf, entry)
@@ -110,7 +135,8 @@ def _offers(shelf: Shelf, name: str, logger: logging.Logger) -> Generator[dict[s
             reason="none is whole",
         )
     foreign = shelf.run.public_path("latest")
-    yield _foreign(foreign) if foreign.exists() else None
+    problem = yield _foreign(foreign) if foreign.exists() else None
+    raise CheckpointCorrupt(problem, path=str(foreign), reason=problem)
 
 
 def _offer(shelf: Shelf, entry: checkpoints.Checkpoint) -> dict[str, Any]:
@@ -138,5 +164,17 @@ def _problem(run: RunDirectory, offer: dict[str, Any], agreement: Agreement) -> 
     try:
         checkpoints.verify(run, checkpoints.Checkpoint.from_json(offer["entry"]), share=tuple(share))
     except (CheckpointCorrupt, OSError) as error:
-        return f"{error} (read on {agreement.ranks.host})" if agreement.ranks.world_size > 1 else str(error)
+        return _told(error, agreement)
     return None
+
+
+def _loaded(path: Path, agreement: Agreement) -> tuple[list[Any], str | None]:
+    """Return in a list what the file holds, mapped from it, or what is wrong with it."""
+    try:
+        return [load_file(path, mmap=can_map(path))], None
+    except (CheckpointCorrupt, OSError) as error:
+        return [], _told(error, agreement)
+
+
+def _told(error: Exception, agreement: Agreement) -> str:
+    return f"{error} (read on {agreement.ranks.host})" if agreement.ranks.world_size > 1 else str(error)

@@ -21,7 +21,7 @@ from runmgr.worker import state as states
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
     from runmgr.disk.shelf import Shelf
@@ -157,16 +157,18 @@ class Saver:
         facts: dict[str, Any],
         rng: list[dict[str, str]],
         block: bool,
+        private: Collection[int] = (),
     ) -> SaveHandle:
         """Write a gathered state: serialise once, commit, name. Raises what `on_error` does not tolerate.
 
-        The averages' new members share the bytes of the model that is saved under `model_keys`.
+        The averages' new members share the bytes of the model that is saved under `model_keys`. `private` memory, see
+        `Staging.copy`, is not copied.
         """
         self.collect()
         handle = SaveHandle()
         try:
             in_flight = _InFlight(self._prepared(gathered, averages, model_keys, facts, rng), handle)
-            copied = None if block else self._staged(in_flight.save.content)
+            copied = None if block else self._staged(in_flight.save.content, private)
             if copied is None:
                 if not self._has_staged:
                     self._staging.release()
@@ -225,8 +227,9 @@ class Saver:
     def save_average(self, average: Average) -> checkpoints.Checkpoint:
         """Write `average_model.pth`: {"net": …, "members": …}."""
         self.collect()
+        own = states.module_state(average.model)
         content = {
-            "net": average._compute(states.module_state(average.model)),  # noqa: SLF001  # rank 0's part of it
+            "net": staging.mapping_like(own, average._compute(own)),  # noqa: SLF001  # rank 0's part of it
             "members": average.describe(),
             "average": type(average).__name__,
             "run_id": self._run_id,
@@ -272,10 +275,10 @@ class Saver:
             shown = f"the checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {shown}", str(directory))
 
-    def _staged(self, content: dict[str, Any]) -> dict[str, Any] | None:
+    def _staged(self, content: dict[str, Any], private: Collection[int]) -> dict[str, Any] | None:
         """Copy the content, or say once why it has to be written while training waits."""
         can_stage = staging.can_stage(content)
-        copied = self._staging.copy(staging.ordinary(content)) if can_stage else None
+        copied = self._staging.copy(staging.ordinary(content), private) if can_stage else None
         if copied is None:
             why = "memory is short for a second copy of the state" if can_stage else "the state holds sparse tensors"
             self._warn_once(f"{why}, so save(block=False) waits for the write")

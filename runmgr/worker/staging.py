@@ -7,19 +7,22 @@ import mmap
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from runmgr.worker.memory import available_bytes
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 _ALIGNMENT_BYTES = 64
 _PAGE_BYTES = 4096
 _RESERVE_SHARE = 0.5  # what memory kept ready before the first save may take of what is free
 _COPY_SHARE = 0.9
+# What a kernel that has no more memory makes mmap, torch and the pinning of pages raise.
+_NO_MEMORY = (OSError, MemoryError, RuntimeError)
 
 
 class Staging:
@@ -33,14 +36,24 @@ class Staging:
         self._reserving: threading.Thread | None = None
 
     def reserve(self, size_bytes: int, *, pinned: bool) -> None:
-        """Make memory ready in the background, if less than half of what is free is needed."""
+        """Make memory ready in the background, if less than half of what is free is needed.
+
+        Only a head start: where the memory cannot be had after all, `copy` asks again and tells.
+        """
         self.settle()
         missing = size_bytes - sum(block.size_bytes for block in self._blocks)
         if 0 < missing < _RESERVE_SHARE * available_bytes():
-            self._reserving = threading.Thread(
-                target=lambda: self._blocks.append(_Block(missing, pinned=pinned)), name="runmgr-staging"
-            )
+            self._reserving = threading.Thread(target=self._add, args=(missing, pinned), name="runmgr-staging")
             self._reserving.start()
+
+    def _add(self, size_bytes: int, pinned: bool) -> _Block | None:  # noqa: FBT001  # a thread's arguments
+        """Return one more block, or None if the memory cannot be had."""
+        try:
+            block = _Block(size_bytes, pinned=pinned)
+        except _NO_MEMORY:
+            return None
+        self._blocks.append(block)
+        return block
 
     def settle(self) -> None:
         """Return when no thread of ours is at work."""
@@ -53,34 +66,40 @@ class Staging:
         self.settle()
         self._blocks = []
 
-    def copy(self, value: Any) -> Any | None:
+    def copy(self, value: Any, private: Collection[int] = ()) -> Any | None:
         """Return `value` with every tensor copied here, sharing among themselves what they shared; None if memory is short.
 
-        What the last copy held is overwritten. Returns when devices have finished copying.
+        What the last copy held is overwritten. Returns when devices have finished copying. Memory that is `private`, by its
+        `identity`, nobody else writes to: it is handed over as it is.
         """
         self.settle()
-        storages = {_identity(tensor): tensor.untyped_storage() for tensor in tensors_in(value)}
+        storages = {identity(tensor): tensor.untyped_storage() for tensor in tensors_in(value)}
+        storages = {key: storage for key, storage in storages.items() if key not in private}
         pinned = any(storage.device.type == "cuda" for storage in storages.values())
         if any(block.is_pinned != pinned for block in self._blocks):
             self._blocks = []
         for block in self._blocks:
             block.used_bytes = 0
         placed, left = {}, []
-        for identity, storage in sorted(storages.items(), key=lambda item: -item[1].nbytes()):
+        for key, storage in sorted(storages.items(), key=lambda item: -item[1].nbytes()):
             room = next((block for block in self._blocks if block.has_room_for(storage.nbytes())), None)
             if room is None:
-                left.append((identity, storage))
+                left.append((key, storage))
             else:
-                placed[identity] = room.take(storage.nbytes())
+                placed[key] = room.take(storage.nbytes())
         if left:
             missing = sum(_aligned(storage.nbytes()) for _, storage in left)
-            if missing > _COPY_SHARE * available_bytes():
+            added = self._add(missing, pinned) if missing <= _COPY_SHARE * available_bytes() else None
+            if added is None:
                 return None
-            block = _Block(missing, pinned=pinned)
-            self._blocks.append(block)
-            placed |= {identity: block.take(storage.nbytes()) for identity, storage in left}
-        _copy_all([(placed[identity], storage) for identity, storage in storages.items()])
-        return map_tensors(value, lambda tensor: _like(tensor, placed[_identity(tensor)]))
+            placed |= {key: added.take(storage.nbytes()) for key, storage in left}
+        _copy_all([(placed[key], storage) for key, storage in storages.items()])
+
+        def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+            memory = placed.get(identity(tensor))
+            return tensor if memory is None else _like(tensor, memory)
+
+        return map_tensors(value, copy_of)
 
 
 class _Block:
@@ -91,12 +110,13 @@ class _Block:
         self.used_bytes = 0
         self.is_pinned = pinned
         if pinned:
-            self._memory: Any = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=True)
+            self._memory: Any = torch.empty(self.size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
             self._buffer: Any = (ctypes.c_char * self.size_bytes).from_address(self._memory.data_ptr())
         else:
             self._buffer = mmap.mmap(-1, self.size_bytes)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._buffer.madvise(mmap.MADV_HUGEPAGE)
+                with suppress(OSError):  # a kernel without them: small pages do
+                    self._buffer.madvise(mmap.MADV_HUGEPAGE)
             torch.frombuffer(self._buffer, dtype=torch.uint8)[::_PAGE_BYTES] = 0  # unlike madvise, without the GIL
 
     def has_room_for(self, size_bytes: int) -> bool:
@@ -105,7 +125,7 @@ class _Block:
     def take(self, size_bytes: int) -> torch.Tensor:
         """Return the next bytes as a tensor whose storage is just these, since torch.save writes whole storages."""
         if not size_bytes:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         taken = torch.frombuffer(self._buffer, dtype=torch.uint8, count=size_bytes, offset=self.used_bytes)
         self.used_bytes += _aligned(size_bytes)
         return taken
@@ -125,18 +145,22 @@ def _copy_all(pairs: list[tuple[torch.Tensor, torch.UntypedStorage]]) -> None:
         for stream in streams.values():
             stack.enter_context(torch.cuda.stream(stream))
         for target, storage in pairs:
-            source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            target.copy_(source, non_blocking=True)
+            target.copy_(_bytes_in(storage), non_blocking=True)
     for stream in streams.values():
         stream.synchronize()
 
 
-def _like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty(0, dtype=tensor.dtype)
-    return empty.set_(target.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+def _bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _identity(tensor: torch.Tensor) -> int:
+def _like(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(0, dtype=tensor.dtype, device=memory.device)
+    return empty.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def identity(tensor: torch.Tensor) -> int:
+    """Return what tensors have in common that share their memory."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001  # the storage's address; torch.save goes by it as well
 
 
@@ -150,11 +174,47 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, Mapping):
-        items = {key: map_tensors(item, function) for key, item in value.items()}
-        return type(value)(items) if isinstance(value, (OrderedDict, Counter)) else items
+        return mapping_like(value, {key: map_tensors(item, function) for key, item in value.items()})
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)([map_tensors(item, function) for item in value])
+        return (list if isinstance(value, list) else tuple)(map_tensors(item, function) for item in value)
     return value
+
+
+def mapping_like(source: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Return `items` as the kind of dict that `source` is: Counter, OrderedDict or dict.
+
+    A module's state dict carries as `_metadata` the versions that its parts were saved at, without which they would take
+    it for an old one when they load it.
+    """
+    if isinstance(source, Counter):
+        return Counter(items)
+    if not isinstance(source, OrderedDict):
+        return items
+    found = OrderedDict(items)
+    if (metadata := getattr(source, "_metadata", None)) is not None:
+        found._metadata = metadata  # type: ignore[attr-defined]  # noqa: SLF001  # torch's own name for it
+    return found
+
+
+class OwnCopies:
+    """Makes copies of tensors that share among themselves what the originals shared, and nothing else."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}
+
+    def copy(self, value: Any) -> Any:
+        """Return `value` with every tensor copied, without gradients. All the calls together are one set of copies."""
+        return map_tensors(value, self._copy)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not _has_own_memory(tensor):
+            return tensor.detach().clone()
+        found, key = _plain(tensor), identity(tensor)
+        if found.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():  # resolved, so already a copy
+            return found
+        if key not in self._copies:  # the original is kept as well, so that no other takes its address
+            self._copies[key] = tensor.untyped_storage(), _bytes_in(tensor.untyped_storage()).clone()
+        return _like(found, self._copies[key][1])
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -171,7 +231,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def can_stage(value: Any) -> bool:
     """Whether all tensors are ordinary ones, with a memory of their own."""
-    return all(tensor.layout == torch.strided and not tensor.is_quantized for tensor in tensors_in(value))
+    return all(_has_own_memory(tensor) for tensor in tensors_in(value))
+
+
+def _has_own_memory(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def ordinary(value: Any) -> Any:
@@ -182,22 +246,4 @@ def ordinary(value: Any) -> Any:
 def size_bytes_of(value: Any) -> int:
     """Return the bytes that torch.save writes for the tensors in `value`: each memory once, whole."""
     strided = (tensor for tensor in tensors_in(value) if tensor.layout == torch.strided)
-    return sum({_identity(tensor): tensor.untyped_storage().nbytes() for tensor in strided}.values())
-
-
-def available_bytes() -> int:
-    """Return the memory that this process can still use, by the kernel's estimate and its control group's limit."""
-    free = []
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):  # not Linux: nothing known, nothing refused
-        return 1 << 62
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(limit - used + int(statistics["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # no limit
-        pass
-    return min(free)
+    return sum({identity(tensor): tensor.untyped_storage().nbytes() for tensor in strided}.values())

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import enum
-import os
 import random
 import sys
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from runmgr.disk import provenance
 from runmgr.errors import InvalidInput
-from runmgr.worker.staging import map_tensors, tensors_in
+from runmgr.worker.staging import OwnCopies, tensors_in
 
 RESERVED_KEYS = ("epoch", "step", "metrics", "run_id", "rng")
-_LEAVES = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_PER_RANK = "per_rank"
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -35,11 +32,14 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
-def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state dict of the bare module, with the keys that it has before any wrapping or compiling."""
+def module_state(module: nn.Module) -> OrderedDict[str, torch.Tensor]:
+    """Return the state dict of the bare module, with the keys that it has before any wrapping or compiling.
+
+    Its `_metadata`, the versions of the module's parts, is torch's, under keys that are cleaned likewise.
+    """
     found = _own_state(module)
     for key, tensor in found.items():
-        if _is_sharded(tensor):
+        if is_sharded(tensor):
             raise InvalidInput(
                 f"{key!r} is a sharded DTensor, which runmgr saves and restores but does not average yet; average "
                 f"a whole model"
@@ -47,28 +47,49 @@ def module_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+def _own_state(module: nn.Module) -> OrderedDict[str, torch.Tensor]:
     bare = unwrap(module)
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in bare.modules()):
         raise InvalidInput(
             "the model is wrapped in FullyShardedDataParallel (FSDP 1), which runmgr does not gather; use "
             "torch.distributed.fsdp.fully_shard"
         )
-    return {key.replace("_orig_mod.", ""): tensor for key, tensor in bare.state_dict().items()}
+    state = bare.state_dict()
+    found = OrderedDict((_clean(key), tensor) for key, tensor in state.items())
+    if (metadata := _metadata_of(state)) is not None:  # a compiled part comes after its wrapper, and its version stays
+        _set_metadata(found, {_clean_prefix(prefix): versions for prefix, versions in metadata.items()})
+    return found
 
 
-def _is_sharded(value: Any) -> bool:
+def _clean(key: str) -> str:
+    return key.replace("_orig_mod.", "")
+
+
+def _clean_prefix(prefix: str) -> str:
+    return _clean(f"{prefix}.")[:-1]
+
+
+def _metadata_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    return getattr(state, "_metadata", None)
+
+
+def _set_metadata(state: OrderedDict[str, Any], metadata: Mapping[str, Any]) -> None:
+    state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]  # noqa: SLF001  # torch's own name for it
+
+
+def state_of(value: Any) -> Any:
+    """Return the state of one value of `state`: the state dict of what has one, a plain value as it is."""
+    if isinstance(value, nn.Module):
+        return _own_state(value)
+    if callable(getattr(value, "state_dict", None)):
+        return value.state_dict()
+    return value
+
+
+def is_sharded(value: Any) -> bool:
     """Whether this is a DTensor; nothing is imported to find out."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(value, tensors.DTensor)
-
-
-def is_sharded(state: Mapping[str, Any]) -> bool:
-    """Whether a module of `state` lies in shards, so that every rank must `gather`."""
-    return any(
-        isinstance(value, nn.Module) and any(_is_sharded(parameter) for parameter in value.parameters())
-        for value in state.values()
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +112,18 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Load what `module_state` gave into the bare module, strictly."""
     bare = unwrap(module)
     own = bare.state_dict()
-    names = {key.replace("_orig_mod.", ""): key for key in own}
+    names = {_clean(key): key for key in own}
     found = {names.get(key, key): value for key, value in state.items()}
-    bare.load_state_dict({key: _sharded_like(own.get(key), value) for key, value in found.items()})
+    parts = OrderedDict((key, _sharded_like(own.get(key), value)) for key, value in found.items())
+    for key, value in parts.items():
+        if not isinstance(
+            value, torch.Tensor
+        ):  # extra state, which the module keeps as it is, while `state` is a file's
+            parts[key] = OwnCopies().copy(value)
+    if (metadata := _metadata_of(state)) is not None:
+        saved = {prefix: metadata.get(_clean_prefix(prefix)) for prefix in _metadata_of(own) or ()}
+        _set_metadata(parts, {prefix: versions for prefix, versions in saved.items() if versions is not None})
+    bare.load_state_dict(parts)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -104,7 +134,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
     def shard(number: Any, entry: Any) -> Any:
         like = own.get(number)
-        if not isinstance(entry, Mapping) or not _is_sharded(like):
+        if not isinstance(entry, Mapping) or not is_sharded(like):
             return entry
         return {key: _sharded_like(like, value) for key, value in entry.items()}
 
@@ -114,7 +144,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 def _sharded_like(own: Any, full: Any) -> Any:
     """Return this rank's part of a full tensor where `own` is a DTensor of its shape; anything else as it is."""
-    if not (_is_sharded(own) and isinstance(full, torch.Tensor) and full.shape == own.shape):
+    if not (is_sharded(own) and isinstance(full, torch.Tensor) and full.shape == own.shape):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -136,32 +166,11 @@ def check_keys(state: Mapping[str, Any]) -> None:
         )
 
 
-def gather(state: Mapping[str, Any], *, is_main: bool = True) -> dict[str, Any]:
-    """Return what `state` is worth saving: full state dicts of what has one, plain values as they are.
-
-    Rank 0 alone, but every rank where `is_sharded`: a sharded tensor is made whole, one at a time, and kept on rank 0's
-    CPU only. The result holds only what `torch.load(weights_only=True)` accepts; anything else is an error naming its
-    key path.
-    """
-    whole = {
-        key: map_tensors(_state_of(value), lambda tensor: _whole(tensor, is_main=is_main))
-        for key, value in state.items()
-    }
-    return {key: loadable(value, key) for key, value in whole.items()} if is_main else {}
-
-
-def _whole(tensor: torch.Tensor, *, is_main: bool) -> torch.Tensor | None:
-    if not _is_sharded(tensor):
-        return tensor
-    full = tensor.full_tensor()  # type: ignore[attr-defined]
-    return full.cpu() if is_main else None
-
-
 def expected_size(state: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return how many bytes of tensors a save of `state` will hold, and whether some lie on a GPU.
+    """Return how many bytes of tensors `save(block=False)` will copy, and whether some lie on a GPU.
 
-    An optimizer makes its state at its first step; until then two tensors a parameter are expected from those with
-    `betas`, one from those with `momentum`.
+    Sharded tensors are not copied but made whole, which is a copy already. An optimizer makes its state at its first step;
+    until then two tensors a parameter are expected from those with `betas`, one from those with `momentum`.
     """
     tensors: list[torch.Tensor] = []
     expected = 0
@@ -172,48 +181,21 @@ def expected_size(state: Mapping[str, Any]) -> tuple[int, bool]:
             tensors += tensors_in(value.state_dict())
             if not value.state:
                 copies = 2 if "betas" in value.defaults else int(bool(value.defaults.get("momentum")))
-                parameters = (parameter for group in value.param_groups for parameter in group["params"])
-                expected += copies * sum(parameter.nbytes + 64 for parameter in parameters)
+                parameters = [parameter for group in value.param_groups for parameter in group["params"]]
+                expected += copies * _size_bytes_of_copies(parameters)[0]
         elif isinstance(value, torch.Tensor):
             tensors.append(value)
-    found = sum(tensor.nbytes + 64 for tensor in tensors if tensor.layout == torch.strided)
-    return found + expected, any(tensor.is_cuda for tensor in tensors)
+    found, on_gpu = _size_bytes_of_copies(tensors)
+    return found + expected, on_gpu
 
 
-def _state_of(value: Any) -> Any:
-    if isinstance(value, nn.Module):
-        return _own_state(value)
-    if callable(getattr(value, "state_dict", None)):
-        return value.state_dict()
-    return value
-
-
-def loadable(value: Any, where: str) -> Any:
-    """Return `value` with numpy scalars, paths, enums and dataclasses made plain; raise for what cannot be loaded."""
-    if isinstance(value, torch.Tensor) or type(value) in _LEAVES:
-        return value
-    if isinstance(value, Mapping):
-        items = {_key(key, where): loadable(item, f"{where}.{key}") for key, item in value.items()}
-        return type(value)(items) if isinstance(value, (OrderedDict, Counter)) else items
-    for kind in (list, tuple, set):
-        if isinstance(value, kind):
-            return kind(loadable(item, f"{where}[{index}]") for index, item in enumerate(value))
-    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
-        return value.item()
-    if isinstance(value, (str, int, float, enum.Enum, os.PathLike)) or dataclasses.is_dataclass(value):
-        return provenance.plain(value)
-    raise InvalidInput(
-        f"state[{where!r}] is a {type(value).__module__}.{type(value).__qualname__}, which torch.load(weights_only=True) "
-        f"would refuse to load. Give an object with state_dict() and load_state_dict(), a tensor, or plain values."
-    )
-
-
-def _key(key: Any, where: str) -> Any:
-    if type(key) in {bool, int, float, str}:
-        return key
-    if isinstance(key, (int, str, enum.Enum)):
-        return provenance.plain(key)
-    raise InvalidInput(f"state[{where!r}] has the key {key!r}; only strings and numbers can be saved as keys")
+def _size_bytes_of_copies(values: Iterable[Any]) -> tuple[int, bool]:
+    tensors = [
+        value for value in values
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided
+        and not is_sharded(value) and not nn.parameter.is_lazy(value)
+    ]  # fmt: skip
+    return sum(tensor.nbytes + 64 for tensor in tensors), any(tensor.is_cuda for tensor in tensors)
 
 
 def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
@@ -227,17 +209,19 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
             f"the checkpoint has no {missing}; it holds {sorted(set(saved) - set(RESERVED_KEYS))}. Leave out of `state` "
             f"what it does not have."
         )
-    values = {}
+    for key, target in state.items():
+        _check_mark(key, target, saved[key])
+    values, copies = {}, OwnCopies()
     for key, target in state.items():
         part, owner = saved[key], target
         if isinstance(target, PerRank):
-            if rank >= len(part["per_rank"]):
+            if rank >= len(part[_PER_RANK]):
                 continue
-            part, owner = part["per_rank"][rank], target.value
+            part, owner = part[_PER_RANK][rank], target.value
         if isinstance(owner, nn.Module):
             load_module_state(owner, part)
             continue
-        part = map_tensors(part, torch.clone)
+        part = copies.copy(part)
         if isinstance(owner, torch.optim.Optimizer):
             load_optimizer_state(owner, part)
         elif callable(getattr(owner, "load_state_dict", None)):
@@ -245,6 +229,30 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
         else:
             values[key] = part
     return values
+
+
+def joined_per_rank(parts: list[Any]) -> dict[str, list[Any]]:
+    """Return what a checkpoint holds for a value that is `per_rank`."""
+    return {_PER_RANK: parts}
+
+
+def is_joined_per_rank(saved: Any) -> bool:
+    """Whether `joined_per_rank` made this."""
+    return isinstance(saved, Mapping) and saved.keys() == {_PER_RANK} and isinstance(saved[_PER_RANK], list)
+
+
+def _check_mark(key: str, target: Any, saved: Any) -> None:
+    """Refuse what is marked per_rank on one side only."""
+    if isinstance(target, PerRank) and not is_joined_per_rank(saved):
+        raise InvalidInput(
+            f"state[{key!r}] is marked per_rank, but the checkpoint holds it once for all ranks; restore it without "
+            f"per_rank(), and mark it for the saves after that"
+        )
+    if not isinstance(target, PerRank) and is_joined_per_rank(saved):
+        raise InvalidInput(
+            f"the checkpoint holds {key!r} for each of {len(saved[_PER_RANK])} ranks, because it was marked per_rank; "
+            f"restore it as per_rank(…), and save it without the mark after that if all ranks are to share one"
+        )
 
 
 def rng_state() -> dict[str, str]:

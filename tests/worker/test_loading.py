@@ -130,3 +130,47 @@ def test_a_checkpoint_of_another_program_is_restored_unchecked(root):
     run_dir.mkdir(parents=True)
     torch.save({"net": {"weight": torch.full((2, 2), 3.0), "bias": torch.zeros(2)}}, run_dir / "ckpt_latest.pth")
     assert values(run_ranks(2, _restore_foreign, root)) == [12.0, 12.0]
+
+
+class _Foreign:
+    pass
+
+
+def _save_the_second_unloadably():
+    """As a newer torch might, with what this one's weights_only loading does not know; every byte is as it was saved."""
+    from runmgr.worker import gathering
+
+    with runmgr.start_run("unloadable", keep=runmgr.Keep(last=None)) as run, pytest.MonkeyPatch.context() as patch:
+        run.save({"x": 1}, epoch=1)
+        patch.setattr(gathering, "loadable", lambda value, _: value)
+        run.save({"x": _Foreign()}, epoch=2)
+    return run
+
+
+def _restore_past(rank, root, run_id):
+    with runmgr.start_run("unloadable", ckpt_root_dir=root, run_id=run_id) as run:
+        return run.restore({"x": 0}).epoch
+
+
+def test_restore_falls_back_past_a_checkpoint_that_is_whole_but_cannot_be_loaded(root):
+    run = _save_the_second_unloadably()
+    assert values(run_ranks(2, _restore_past, root, run.run_id)) == [1, 1]
+    attempt = json.loads((run.run_dir / ".runmgr/attempts/0002.json").read_text())
+    assert "0001-000002.pth holds what torch.load(weights_only=True) of torch" in attempt["rejected"][0]
+    assert "does not read: Unsupported global: GLOBAL" in attempt["rejected"][0]
+    assert "test_loading._Foreign was not an allowed global by default." in attempt["rejected"][0]
+    assert "Please use" not in attempt["rejected"][0]
+    with runmgr.start_run("unloadable", run_id=run.run_id) as again:
+        again.restore({"x": 0})
+        with pytest.raises(CheckpointCorrupt, match="does not read: Unsupported global"):
+            again.restore({"x": 0}, "ckpt_epoch_2.pth")
+        with pytest.raises(CheckpointCorrupt, match="does not read: Unsupported global"):
+            again.load("ckpt_epoch_2.pth")
+
+
+def test_a_checkpoint_of_another_program_that_cannot_be_loaded_is_an_error_and_no_other_is_taken():
+    with runmgr.start_run("foreign") as run:
+        run.save({"x": 1}, epoch=1)
+        torch.save({"x": _Foreign()}, run.run_dir / "ckpt_other.pth")
+        with pytest.raises(CheckpointCorrupt, match=r"ckpt_other\.pth holds what torch\.load"):
+            run.restore({"x": 0}, "ckpt_other.pth")
