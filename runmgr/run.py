@@ -214,7 +214,7 @@ class Run:
             loaded["values"] = values
             self._continue_random_numbers(loaded.get("rng", []))
 
-        self._agreement.agree(f"load {path}", lambda _: None, load)
+        self._agreement.agree(f"load {path}", lambda _: shelf.continue_from(path) if shelf else None, load)
         self._must_restore = False
         self._prepare_saves(state)
         progress = Progress(

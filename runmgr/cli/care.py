@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import look
-from runmgr.disk import checkpoints, directory, integrity
+from runmgr.disk import checkpoints, directory, integrity, pins
 from runmgr.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ class _Bar:
 
 
 def _pin(given: argparse.Namespace) -> int:
-    return _change(given, checkpoints.pin, "pinned")
+    return _change(given, pins.pin, "pinned")
 
 
 def _unpin(given: argparse.Namespace) -> int:
-    return _change(given, checkpoints.unpin, "not pinned any more")
+    return _change(given, pins.unpin, "not pinned any more")
 
 
 def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
