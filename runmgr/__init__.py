@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     )
     from runmgr.run import Progress, Run
     from runmgr.start import start_run
-    from runmgr.worker.averaging import BestAverage, ExponentialAverage, RunningAverage
+    from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+    from runmgr.worker.best import BestAverage
     from runmgr.worker.saving import SaveHandle
     from runmgr.worker.state import per_rank
 
@@ -62,7 +63,8 @@ _HOMES = {
     ),
     "runmgr.run": ("Progress", "Run"),
     "runmgr.start": ("start_run",),
-    "runmgr.worker.averaging": ("BestAverage", "ExponentialAverage", "RunningAverage"),
+    "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
+    "runmgr.worker.best": ("BestAverage",),
     "runmgr.worker.saving": ("SaveHandle",),
     "runmgr.worker.state": ("per_rank",),
 }  # fmt: skip

@@ -193,12 +193,10 @@ def _fork(request: Request, shelf: Shelf) -> None:
     """Bring the parent's checkpoint and the members of its averages into the new run, and record where they came from."""
     source, entry = _fork_source(request)
     originals = (entry.renamed or {name: name for name in entry.members}) if entry else {}
-    lying = dict(enumerate(originals.values(), start=2))
     renamed = {said: f"0000-{number:06d}.pth" for number, said in enumerate(originals, start=2)}
     facts: dict[str, Any] = {"epoch": entry.epoch, "step": entry.step} if entry else {}
-    adopted = shelf.adopt(source, sequence=1, renamed=renamed, members=tuple(renamed.values()), **facts)
-    for number, name in lying.items():
-        shelf.adopt(source.parent / name, sequence=number, kind="member")
+    lying = [source.parent / name for name in originals.values()]
+    adopted = shelf.adopt(source, lying, renamed=renamed, members=tuple(renamed.values()), **facts)
     parent_path = source.parents[2] if entry else source.parent
     shelf.run_record.update(parent={"run_id": parent_path.name, "path": str(source), "digest": adopted.digest})
 

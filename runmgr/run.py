@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import nn
 
+from runmgr.disk import integrity
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
 from runmgr.worker import gathering, loading, logs, meeting, preemption, saving
 from runmgr.worker import state as states
-from runmgr.worker.averaging import Average, BestAverage
+from runmgr.worker.best import BestAverage
 
 if TYPE_CHECKING:
     import logging
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from runmgr.disk.record import Attempt, Lease, RunRecord
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.agreement import Agreement
+    from runmgr.worker.averaging import Average
     from runmgr.worker.saving import SaveErrorPolicy
 
 
@@ -190,10 +192,12 @@ class Run:
             for average in state.values():
                 if isinstance(average, BestAverage):
                     average.locate(lambda member: path.parent / renamed.get(member, member))
+                    if self._saver is not None:
+                        self._saver.follow(average)
             loaded["values"] = values
             self._continue_random_numbers(loaded.get("rng", []))
 
-        self._agreement.agree(f"load {path}", lambda _: None, load)
+        self._agreement.agree(f"load {path}", lambda _: shelf.continue_from(path) if shelf else None, load)
         self._must_restore = False
         self._prepare_saves(state)
         progress = Progress(
@@ -209,13 +213,18 @@ class Run:
         return progress
 
     def load(self, name_or_path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-        """Load one file and return what it holds; a name means this run's. "cuda" means this rank's device. Any rank."""
+        """Load one file, once every byte is checked, and return what it holds. Any rank.
+
+        A name means this run's file; "cuda" means this rank's device.
+        """
         is_name = isinstance(name_or_path, str) and "/" not in name_or_path
         path = self.path(str(name_or_path)) if is_name else Path(name_or_path)
         if not path.exists():
             raise CheckpointNotFound(f"there is no {path}", path=str(path))
         if map_location == "cuda":
             map_location = f"cuda:{self._agreement.ranks.local_rank}"
+        if loading.can_map(path):
+            integrity.check_content(path)
         return loading.load_file(path, map_location=map_location)
 
     def save_average(self, average: Average) -> Path:
@@ -352,6 +361,8 @@ class Run:
             self.tensorboard.close()
             if self._writer is not None:
                 self._end_saves(error)
+                if self._late_error is not None:
+                    status, error = "failed", self._late_error
                 _write_end(self._writer, status, error)
                 self.logger.info("run %s: %s", self.run_id, status)
         except (OSError, RunError) as trouble:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import look
-from runmgr.disk import checkpoints, directory, integrity, record
+from runmgr.disk import checkpoints, directory, integrity, pins, record
 from runmgr.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _judged(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Ba
     """Say what is wrong with a checkpoint, if anything; None when the training removed it meanwhile."""
     problem = _problem(run, entry, bar)
     for _ in range(_LOOKS):  # a save may be between its record and its names
-        if problem is None or record.status_of(run, record.read_json(run.record_path) or {}) != "running":
+        if problem is None or record.status_of(run, record.look_at_json(run.record_path)) != "running":
             break
         time.sleep(_LOOK_AGAIN_S)
         now = next((other for other in checkpoints.listed(run) if other.object_name == entry.object_name), None)
@@ -114,11 +114,11 @@ class _Bar:
 
 
 def _pin(given: argparse.Namespace) -> int:
-    return _change(given, checkpoints.pin, "pinned")
+    return _change(given, pins.pin, "pinned")
 
 
 def _unpin(given: argparse.Namespace) -> int:
-    return _change(given, checkpoints.unpin, "not pinned any more")
+    return _change(given, pins.unpin, "not pinned any more")
 
 
 def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:

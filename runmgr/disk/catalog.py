@@ -188,7 +188,7 @@ def _nearest(name: str, others: list[str]) -> str:
 
 def _read(experiment: Experiment, run_id: str) -> RunInfo:
     run = RunDirectory(experiment.path / run_id)
-    content = record.read_json(run.record_path) or {}
+    content = record.look_at_json(run.record_path)
 
     def text(name: str) -> str | None:
         return value if isinstance(value := content.get(name), str) else None

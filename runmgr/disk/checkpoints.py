@@ -1,4 +1,4 @@
-"""Checkpoint objects and what is known of them: records, order, which is better, pins, whether the bytes are right.
+"""Checkpoint objects and what is known of them: records, order, which is better, whether the bytes are right.
 
 An object is `.runmgr/checkpoints/<attempt>-<sequence>.pth`. It counts once its attempt's record lists it; the public
 names (`ckpt_latest.pth`, …) are further hard links to it. Order is (attempt, sequence), never mtime, never text.
@@ -11,18 +11,20 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from runmgr.disk import atomic, integrity, record
-from runmgr.errors import CheckpointCorrupt, CheckpointNotFound
+from runmgr.disk.directory import BEST_NAME, LATEST_NAME
+from runmgr.errors import CheckpointCorrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
 
     from runmgr.disk.directory import RunDirectory
 
 Mode = Literal["max", "min"]
+_T = TypeVar("_T")
 _OBJECT_NAME = re.compile(r"(\d{4,})-(\d{6,})\.pth")
 
 
@@ -104,126 +106,222 @@ def ranked(checkpoints: Iterable[Checkpoint], monitor: str | None, mode: Mode) -
     return [checkpoint for _, _, checkpoint in sorted(scored, key=lambda item: item[:2])]
 
 
+class Books(NamedTuple):
+    """What the records of all attempts add up to.
+
+    `entries` are the checkpoints that count, oldest first, also those whose objects are missing; `dropped` is what
+    retention decided to remove, which a kill may have left on disk; `damaged` names the objects that a restore rejected.
+    """
+
+    entries: list[Checkpoint]
+    present: set[str]
+    dropped: list[Checkpoint]
+    damaged: frozenset[str]
+    newest_lost: int
+
+
 def read_all(run: RunDirectory) -> list[Checkpoint]:
     """Return the run's committed checkpoints whose objects are there, oldest first."""
-    present = set(object_names(run))
-    return _owning_names([checkpoint for checkpoint in _committed(run) if checkpoint.object_name in present])
+    books = read_books(run)
+    return _owning_names(run, [entry for entry in books.entries if entry.object_name in books.present], books.damaged)
 
 
 def listed(run: RunDirectory) -> list[Checkpoint]:
-    """Return what `read_all` does, and those whose objects ought to be there and are not."""
-    return _owning_names(_committed(run))
+    """Return what `read_all` does, and those whose objects ought to be there and are not.
 
-
-def _committed(run: RunDirectory) -> list[Checkpoint]:
-    return _read_records(run)[0]
-
-
-def dropped(run: RunDirectory) -> list[Checkpoint]:
-    """Return what retention decided to remove, which a kill may have left on disk."""
-    return _read_records(run)[1]
-
-
-def _read_records(run: RunDirectory) -> tuple[list[Checkpoint], list[Checkpoint]]:
-    """Return what the records list, oldest first, and what retention took from that.
-
-    The newest attempt's record says up to which sequence number its predecessors are believed, in what they added and
-    in what they dropped.
+    What an attempt with a lost record removed of its predecessors' is not known, so of those none ought to be there.
+    One without a digest was found damaged when its record was made anew; `verify` refuses it.
     """
-    numbers = record.attempt_numbers(run)
-    accepts = (record.read_json(run.attempt_path(numbers[-1])) or {}).get("accepts") if numbers else None
+    books = read_books(run)
+    entries = [
+        entry
+        for entry in books.entries
+        if entry.object_name in books.present or max(entry.attempt, 1) >= books.newest_lost
+    ]
+    return _owning_names(run, entries, books.damaged)
+
+
+def _owning_names(run: RunDirectory, entries: list[Checkpoint], damaged: frozenset[str]) -> list[Checkpoint]:
+    content = record.look_at_json(run.record_path)
+    return with_names(entries, damaged, content.get("monitor"), "min" if content.get("mode") == "min" else "max")
+
+
+def with_names(
+    entries: list[Checkpoint], damaged: Collection[str], monitor: str | None, mode: Mode
+) -> list[Checkpoint]:
+    """Return the entries, each with the public names that it owns now.
+
+    Latest is the newest checkpoint, best the best by `monitor`; any other name is the newest one's that claims it. One
+    that is known to be damaged owns only what no other can.
+    """
+    owners: dict[str, tuple[int, int]] = {}
+    for entry in sorted(entries, key=lambda entry: entry.object_name not in damaged):  # the last one to claim it wins
+        owners |= dict.fromkeys(entry.names, entry.order)
+    checkpoints = [entry for entry in entries if entry.kind == "checkpoint"]
+    whole = [entry for entry in checkpoints if entry.object_name not in damaged]
+    if checkpoints:
+        owners[LATEST_NAME] = max(entry.order for entry in whole or checkpoints)
+    for best in ranked(whole, monitor, mode)[:1]:
+        owners[BEST_NAME] = best.order
+    return [
+        dataclasses.replace(entry, names=tuple(name for name in claimed if owners.get(name) == entry.order))
+        for entry in entries
+        for claimed in [dict.fromkeys((LATEST_NAME, BEST_NAME, *entry.names))]
+    ]
+
+
+class _Account(NamedTuple):
+    """What the record of one attempt says; where it is lost or damaged, what the attempt's files say."""
+
+    number: int
+    content: dict[str, Any]
+    checkpoints: list[Checkpoint]
+    dropped: list[tuple[Checkpoint, int]]  # each with the sequence number of the save that did it
+    accepts: dict[int, int] | None
+    damaged: frozenset[str] | None
+    is_lost: bool
+
+    @property
+    def last(self) -> int:
+        """The sequence number of its newest commit."""
+        return max((entry.sequence for entry in self.checkpoints if entry.attempt), default=0)
+
+
+def _read_account(run: RunDirectory, number: int) -> _Account:
+    content = record.read_json(run.attempt_path(number)) or {}
+
+    def parsed(read: Callable[[], _T], otherwise: _T) -> _T:
+        try:
+            return read()
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return otherwise
+
+    found = parsed(lambda: [Checkpoint.from_json(entry) for entry in content["checkpoints"]], None)
+    return _Account(
+        number,
+        content,
+        _rebuilt(run, number) if found is None else found,
+        parsed(lambda: [(Checkpoint.from_json(entry), int(entry["by"])) for entry in content["dropped"]], []),
+        parsed(lambda: {int(name): int(last) for name, last in content["accepts"].items()}, None),
+        parsed(lambda: frozenset(map(str, content["damaged"])), None),
+        found is None or "rebuilt" in content,
+    )
+
+
+def recorded(run: RunDirectory, attempt: int) -> list[Checkpoint]:
+    """Return what an attempt's record lists; where the record is lost or damaged, what its files say."""
+    return _read_account(run, attempt).checkpoints
+
+
+def _limits(accounts: list[_Account]) -> dict[int, int]:
+    """Return up to which sequence number each attempt is believed, as the newest one that judged it wrote down."""
+    limits: dict[int, int] = {}
+    for account in accounts:  # each judgement is no milder than those before it
+        limits |= account.accepts or {}
+    return limits
+
+
+def read_books(run: RunDirectory) -> Books:
+    """Read the records of all attempts; raises OSError when one is there and cannot be read."""
+    accounts = [_read_account(run, number) for number in record.attempt_numbers(run)]
+    limits = _limits(accounts)
+    unnamed = 0 if accounts and accounts[-1].accepts is not None else math.inf
     found: dict[tuple[int, int], Checkpoint] = {}
     gone: dict[tuple[int, int], Checkpoint] = {}
-    for number in numbers:
-        limit = math.inf if number == numbers[-1] or accepts is None else accepts.get(str(number), 0)
-        removals = _dropped_by(run, number)
-        not_believed = [entry for entry, by in removals if by > limit]
-        for checkpoint in [*_recorded(run, number), *not_believed]:
-            if checkpoint.attempt < number or checkpoint.sequence <= limit:
-                found[checkpoint.order] = checkpoint
-        gone |= {entry.order: entry for entry, by in removals if by <= limit}
-    return [found[order] for order in sorted(found.keys() - gone.keys())], list(gone.values())
+    for account in accounts:
+        limit = math.inf if account is accounts[-1] else limits.get(account.number, unnamed)
+        not_believed = [entry for entry, by in account.dropped if by > limit]
+        for entry in [*account.checkpoints, *not_believed]:
+            if entry.attempt < account.number or entry.sequence <= limit:
+                found[entry.order] = entry
+        gone |= {entry.order: entry for entry, by in account.dropped if by <= limit}
+    rejected = [account.damaged for account in accounts if account.damaged is not None][-1:]  # the newest has them all
+    damaged = frozenset().union(*rejected) | {entry.object_name for entry in found.values() if not entry.digest}
+    present = set(object_names(run))
+    whole = [entry for order, entry in found.items() if order not in gone and entry.object_name in present - damaged]
+    spared = {
+        entry.order: entry for entry in gone.values() if entry.object_name in present and not _is_replaced(entry, whole)
+    }
+    found = {order: entry for order, entry in (found | spared).items() if order not in gone or order in spared}
+    dropped = [entry for order, entry in gone.items() if order not in spared]
+    newest_lost = max((account.number for account in accounts if account.is_lost), default=0)
+    return Books([found[order] for order in sorted(found)], present, dropped, damaged, newest_lost)
 
 
-def _dropped_by(run: RunDirectory, attempt: int) -> list[tuple[Checkpoint, int]]:
-    """Return what an attempt dropped, each with the sequence number of the save that did it."""
-    content = record.read_json(run.attempt_path(attempt)) or {}
-    try:
-        return [(Checkpoint.from_json(entry), int(entry["by"])) for entry in content.get("dropped", [])]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return []
-
-
-def _owning_names(entries: list[Checkpoint]) -> list[Checkpoint]:
-    """Leave each public name to the newest checkpoint that claims it."""
-    taken: set[str] = set()
-    result = []
-    for checkpoint in reversed(entries):
-        result.append(without_names(checkpoint, taken))
-        taken |= set(checkpoint.names)
-    return result[::-1]
+def _is_replaced(dropped: Checkpoint, whole: list[Checkpoint]) -> bool:
+    """Whether something newer of its kind is there, without which no dropped object is given up."""
+    kind = "checkpoint" if dropped.kind == "member" else dropped.kind
+    return any(entry.kind == kind and entry.order > dropped.order for entry in whole)
 
 
 def accept_predecessors(attempt: record.Attempt) -> None:
     """Write down how far the earlier attempts are believed: as far as they had come when this one had its number.
 
     A predecessor looks for a newer attempt after each commit and before it reports the save as done, so every save
-    that was reported is accepted here.
+    that was reported is accepted here. What an attempt in between refused stays refused; one that died before it had
+    written that down refused nothing.
     """
-    earlier = [number for number in record.attempt_numbers(attempt.run) if number < attempt.number]
-    attempt.content["accepts"] = {}
-    for number in earlier:
-        entries = _recorded(attempt.run, number)
-        last = max((entry.sequence for entry in entries if entry.attempt), default=0)
-        attempt.content["accepts"][str(number)] = last
-        if entries and "checkpoints" not in (record.read_json(attempt.run.attempt_path(number)) or {}):
-            rebuilt = {"attempt": number, "rebuilt": record.now_text(), "checkpoints": [e.as_json() for e in entries]}
-            atomic.write_json(attempt.run.attempt_path(number), {"format": record.FORMAT, **rebuilt})
+    run = attempt.run
+    accounts = [_read_account(run, number) for number in record.attempt_numbers(run) if number < attempt.number]
+    limits = _limits(accounts)
+    attempt.content["accepts"] = {
+        str(account.number): min(account.last, limits.get(account.number, account.last)) for account in accounts
+    }
+    for account in accounts:
+        if account.checkpoints and "checkpoints" not in account.content:
+            rebuilt = {
+                "format": record.FORMAT,
+                "attempt": account.number,
+                "rebuilt": record.now_text(),
+                "checkpoints": [entry.as_json() for entry in account.checkpoints],
+            }
+            atomic.write_json(run.attempt_path(account.number), account.content | rebuilt)
     attempt.write()
 
 
-def _recorded(run: RunDirectory, attempt: int) -> list[Checkpoint]:
-    """Return what an attempt's record lists; where the record is lost or damaged, what its files say."""
-    content = record.read_json(run.attempt_path(attempt)) or {}
-    try:
-        return [Checkpoint.from_json(entry) for entry in content["checkpoints"]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return _rebuilt(run, attempt)
-
-
 def _rebuilt(run: RunDirectory, attempt: int) -> list[Checkpoint]:
-    """Make an attempt's list anew from its objects. An object that lies under its own name is whole: it was synced first."""
-    found = []
+    """Make an attempt's list anew from its objects; one that lies under its own name was synced first.
+
+    A damaged one is listed without a digest, which `verify` refuses: it is not known what it was, only that it counted.
+    """
     public = [run.path / name for name in os.listdir(run.path) if name.endswith(".pth")]
+    found = []
     for name in sorted(object_names(run)):
         number, sequence = map(int, name.removesuffix(".pth").split("-"))
         if number != attempt and (number, attempt) != (0, 1):  # the first attempt lists what a fork brought along
             continue
         path = run.objects_path / name
+        is_member = number == 0 and sequence > 1
+        entry = Checkpoint(
+            attempt=number,
+            sequence=sequence,
+            size_bytes=path.stat().st_size,
+            names=tuple(link.name for link in public if path.samefile(link)),
+            kind="member" if is_member else "checkpoint",
+        )
         try:
-            content = integrity.contents(path)
-            facts = {"size_bytes": path.stat().st_size, "digest": integrity.digest(path)}
+            content, digest = integrity.contents(path), integrity.digest(path)
         except CheckpointCorrupt:
-            continue
-        members = tuple(dict.fromkeys(_members_in(content)))
-        is_fork = number == 0 and sequence == 1
-        renamed = {said: f"0000-{index:06d}.pth" for index, said in enumerate(members, 2)} if is_fork else {}
-        found.append(
-            Checkpoint.from_json({
-                "attempt": number,
-                "sequence": sequence,
-                "epoch": content.get("epoch"),
-                "step": content.get("step"),
-                "metrics": content.get("metrics") or {},
-                "names": [link.name for link in public if path.samefile(link)],
-                "members": tuple(renamed.values()) or members,
-                "renamed": renamed,
-                "kind": "average" if "average" in content and "epoch" not in content else
-                        "member" if number == 0 and not is_fork else "checkpoint",
-                **facts,
-            })
-        )  # fmt: skip
+            found.append(entry)
+        else:
+            found.append(_described(dataclasses.replace(entry, digest=digest), content))
     return found
+
+
+def _described(entry: Checkpoint, content: dict[str, Any]) -> Checkpoint:
+    """Add what a checkpoint file says of itself."""
+    members = tuple(dict.fromkeys(_members_in(content)))
+    is_fork = entry.attempt == 0 and entry.kind == "checkpoint"
+    renamed = {said: f"0000-{index:06d}.pth" for index, said in enumerate(members, 2)} if is_fork else {}
+    facts = {
+        "epoch": content.get("epoch"),
+        "step": content.get("step"),
+        "metrics": content.get("metrics") or {},
+        "members": tuple(renamed.values()) or members,
+        "renamed": renamed,
+        "kind": "average" if "average" in content and "epoch" not in content else entry.kind,
+    }
+    return Checkpoint.from_json(entry.as_json() | facts)
 
 
 def _members_in(content: dict[str, Any]) -> Iterator[str]:
@@ -242,59 +340,6 @@ def object_names(run: RunDirectory) -> Iterator[str]:
     except (FileNotFoundError, NotADirectoryError):
         return
     yield from (name for name in names if _OBJECT_NAME.fullmatch(name))
-
-
-def pinned_objects(run: RunDirectory) -> set[str]:
-    """Return the objects that stay whatever `keep` says."""
-    try:
-        return set(os.listdir(run.pins_path))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-
-
-def pin(run: RunDirectory, name: str) -> Checkpoint:
-    """Let a checkpoint stay whatever `keep` says, under a public name of its own; also while the run is being trained."""
-    entry = _entry_named(run, name)
-    run.pins_path.mkdir(exist_ok=True)
-    atomic.write_bytes(run.pins_path / entry.object_name, b"")
-    try:
-        atomic.point_name(run.path / _pinned_name(entry), entry.path_in(run))
-    except FileNotFoundError:  # retention was quicker
-        atomic.remove(run.pins_path / entry.object_name)
-        raise _no_such_checkpoint(run, name) from None
-    atomic.sync_directory(run.path)
-    return entry
-
-
-def unpin(run: RunDirectory, name: str) -> Checkpoint:
-    """Take a pin back; the run's next save removes the file if `keep` says so."""
-    entry = _entry_named(run, name)
-    atomic.remove(run.pins_path / entry.object_name)
-    atomic.remove(run.path / _pinned_name(entry))
-    atomic.sync_directory(run.path)
-    return entry
-
-
-def _entry_named(run: RunDirectory, name: str) -> Checkpoint:
-    for entry in reversed(read_all(run)):
-        if name in (*entry.names, entry.object_name, _pinned_name(entry)):
-            return entry
-    raise _no_such_checkpoint(run, name)
-
-
-def _pinned_name(entry: Checkpoint) -> str:
-    what = f"epoch_{entry.epoch}" if entry.epoch is not None else f"step_{entry.step}"
-    return f"ckpt_pinned_{what}_{entry.object_name}"
-
-
-def _no_such_checkpoint(run: RunDirectory, name: str) -> CheckpointNotFound:
-    there = sorted({found for known in read_all(run) for found in known.names})
-    return CheckpointNotFound(f"run {run.run_id} has no {name}; it has {there}", path=str(run.path / name))
-
-
-def without_names(entry: Checkpoint, names: set[str]) -> Checkpoint:
-    """Return the entry as it is once others have taken `names`."""
-    return dataclasses.replace(entry, names=tuple(name for name in entry.names if name not in names))
 
 
 def is_same_content(path: Path, public: Path) -> bool:

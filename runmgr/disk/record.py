@@ -37,12 +37,23 @@ def now_text() -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in `path`, or None when there is none that can be read."""
+    """Return the JSON object in `path`, or None when there is none.
+
+    Raises OSError when it could not be read: what decides or writes must not take that for an empty one.
+    """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def look_at_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`, or nothing; for what only shows things, where one bad file must not hide the rest."""
+    try:
+        return read_json(path) or {}
+    except OSError:
+        return {}
 
 
 def attempt_numbers(run: RunDirectory) -> list[int]:
@@ -125,7 +136,10 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: RunDirectory) -> RunRecord:
-        """Read the record; a missing or damaged one is empty, and unknown fields of a later version are kept."""
+        """Read the record; a missing or damaged one is empty, and unknown fields of a later version are kept.
+
+        Raises OSError when it is there and cannot be read.
+        """
         return cls(run, read_json(run.record_path) or {})
 
     def update(self, **changes: Any) -> None:
@@ -196,7 +210,10 @@ def _watch(run: RunDirectory) -> Callable[[], bool]:
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:
     """Return what the newest attempt says of itself; nothing when there is none or it cannot be read."""
-    return read_json(run.attempt_path(max(attempt_numbers(run), default=0))) or {}
+    try:
+        return look_at_json(run.attempt_path(max(attempt_numbers(run), default=0)))
+    except OSError:  # not even a listing; the lease decides, this only names its holder
+        return {}
 
 
 def holder_of(run: RunDirectory) -> str:

@@ -10,7 +10,7 @@ import torch
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import loading, saving
 from runmgr.worker import state as states
-from runmgr.worker.averaging import BestAverage
+from runmgr.worker.best import BestAverage
 from runmgr.worker.loadable import loadable
 from runmgr.worker.staging import identity, map_tensors, tensors_in
 

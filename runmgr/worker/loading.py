@@ -115,6 +115,7 @@ def _offers(shelf: Shelf, name: str, logger: logging.Logger) -> Generator[dict[s
         entry = shelf.named(public.name)
         if entry is not None:
             problem = yield _offer(shelf, entry)
+            shelf.reject(entry, problem)
             raise CheckpointCorrupt(problem, path=str(entry.path_in(shelf.run)), reason=problem)
         if not public.exists():
             there = sorted({found for known in shelf.checkpoints for found in known.names})
@@ -126,8 +127,7 @@ def _offers(shelf: Shelf, name: str, logger: logging.Logger) -> Generator[dict[s
         problem = yield _offer(shelf, entry)
         logger.warning("not restoring %s: %s", entry.object_name, problem)
         rejected.append(problem)
-        shelf.attempt.content["rejected"] = rejected
-        shelf.attempt.write()
+        shelf.reject(entry, problem)
     if rejected:
         raise CheckpointCorrupt(
             f"none of the {len(rejected)} checkpoints of {shelf.run.path} is whole: " + "; ".join(rejected),

@@ -10,6 +10,7 @@ import os
 import pickle
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
 
 import torch
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runmgr.disk.shelf import Shelf
-    from runmgr.worker.averaging import Average, BestAverage
+    from runmgr.worker.averaging import Average
+    from runmgr.worker.best import BestAverage
 
 SaveErrorPolicy = Literal["raise", "warn"]
 _FAILURES_UNTIL_RAISE = 3
@@ -141,6 +143,11 @@ class Saver:
         self._has_staged = False
         self.longest_save_s = 0.0
         self._warned: set[str] = set()
+        self._averages: weakref.WeakSet[BestAverage] = weakref.WeakSet()
+
+    def follow(self, average: BestAverage) -> None:
+        """Keep the checkpoints that its members lie in for as long as it lives, also through saves without it."""
+        self._averages.add(average)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Make the memory ready that a first `save(block=False)` of `state` will need; given back if it does block."""
@@ -252,6 +259,11 @@ class Saver:
         rng: list[dict[str, str]],
     ) -> _Prepared:
         self._check_monitor(facts["metrics"])
+        for average in averages.values():
+            self.follow(average)
+        self._shelf.held = frozenset(
+            member.object_name for average in self._averages for member in average.members if member.object_name
+        )
         checkpoint = self._shelf.next(**facts)
         members: list[str] = []
         shared = []

@@ -11,42 +11,12 @@ import time
 
 import pytest
 import torch
+from disk.shelves import names_of, open_shelf, save
 
-from runmgr.disk import atomic, checkpoints, directory, record
-from runmgr.disk import shelf as shelf_module
+from runmgr.disk import atomic, checkpoints, record
 from runmgr.disk.checkpoints import is_better
 from runmgr.disk.shelf import Keep
 from runmgr.errors import CheckpointCorrupt, InvalidInput, RunBusy, Superseded
-
-
-@pytest.fixture
-def run(tmp_path):
-    return directory.create_run(directory.Experiment(tmp_path, "experiment"), "token")[0]
-
-
-def _shelf(run, *, keep=None, monitor="acc", mode="max"):
-    attempt = record.Attempt.begin(run, {})
-    checkpoints.accept_predecessors(attempt)
-    shelf = shelf_module.Shelf(attempt, record.RunRecord.read(run), monitor=monitor, mode=mode, keep=keep or Keep())
-    shelf.sweep()
-    shelf.repair_names()
-    return shelf
-
-
-def _save(shelf, epoch=None, step=None, acc=None, **facts):
-    metrics = {} if acc is None else {"acc": acc}
-    checkpoint = shelf.next(epoch=epoch, step=step, metrics=metrics, **facts)
-    torch.save({"epoch": epoch, "step": step, "metrics": metrics, "acc": acc}, checkpoint.path_in(shelf.run))
-    return shelf.publish(checkpoint)
-
-
-def _names(run):
-    """What each public name holds: (epoch, step)."""
-    found = {}
-    for path in run.path.glob("*.pth"):
-        content = torch.load(path, weights_only=True)
-        found[path.name.removesuffix(".pth").removeprefix("ckpt_")] = content["epoch"] or content["step"]
-    return found
 
 
 @pytest.mark.parametrize(
@@ -75,61 +45,61 @@ def test_ties_keep_the_older_and_what_is_not_finite_never_wins(new, old, mode, b
     ],
 )  # fmt: skip
 def test_keep_decides_which_names_and_files_stay(run, keep, accuracies, expected):
-    shelf = _shelf(run, keep=keep)
+    shelf = open_shelf(run, keep=keep)
     for epoch, accuracy in enumerate(accuracies, 1):
-        _save(shelf, epoch, acc=accuracy)
-    assert _names(run) == expected
+        save(shelf, epoch, acc=accuracy)
+    assert names_of(run) == expected
     assert len(set(checkpoints.object_names(run))) == len(set(expected.values()))
     assert len(checkpoints.read_all(run)) == len(set(expected.values()))
 
 
 def test_steps_are_kept_by_number_too(run):
-    shelf = _shelf(run, keep=Keep(every_n_steps=200))
+    shelf = open_shelf(run, keep=Keep(every_n_steps=200))
     for step in (100, 200, 300, 400, 450):
-        _save(shelf, step=step)
-    assert _names(run) == {"latest": 450, "step_200": 200, "step_400": 400}
+        save(shelf, step=step)
+    assert names_of(run) == {"latest": 450, "step_200": 200, "step_400": 400}
 
 
 def test_a_save_in_mid_epoch_does_not_take_the_finished_epochs_name(run):
-    shelf = _shelf(run, keep=Keep(every_n_epochs=2))
+    shelf = open_shelf(run, keep=Keep(every_n_epochs=2))
     for epoch, step in ((1, 10), (2, 20), (2, 25), (3, 30)):
-        _save(shelf, epoch, step)
+        save(shelf, epoch, step)
     assert torch.load(run.path / "ckpt_epoch_2.pth", weights_only=True)["step"] == 20
-    assert _names(run) == {"latest": 3, "epoch_2": 2}
+    assert names_of(run) == {"latest": 3, "epoch_2": 2}
 
 
 def test_an_epoch_that_is_done_again_replaces_its_name(run):
-    _save(_shelf(run, keep=Keep(epochs=[1])), 1, 10, acc=1)
-    _save(_shelf(run, keep=Keep(epochs=[1])), 1, 10, acc=2)
+    save(open_shelf(run, keep=Keep(epochs=[1])), 1, 10, acc=1)
+    save(open_shelf(run, keep=Keep(epochs=[1])), 1, 10, acc=2)
     assert torch.load(run.path / "ckpt_epoch_1.pth", weights_only=True)["acc"] == 2
     assert len(list(checkpoints.object_names(run))) == 1
 
 
 def test_order_is_by_number_not_by_text_or_time(run):
-    shelf = _shelf(run, keep=Keep(last=None))
+    shelf = open_shelf(run, keep=Keep(last=None))
     for epoch in range(1, 12):
-        path = _save(shelf, epoch).path_in(run)
+        path = save(shelf, epoch).path_in(run)
         os.utime(path, (1_000_000 - epoch, 1_000_000 - epoch))
     assert [entry.epoch for entry in checkpoints.read_all(run)] == list(range(1, 12))
 
 
 def test_members_of_an_average_stay_as_long_as_a_kept_checkpoint_names_them(run):
-    shelf = _shelf(run)
-    member = _save(shelf, 1)
-    _save(shelf, 2, members=(member.object_name,))
-    _save(shelf, 3, members=(member.object_name,))
+    shelf = open_shelf(run)
+    member = save(shelf, 1)
+    save(shelf, 2, members=(member.object_name,))
+    save(shelf, 3, members=(member.object_name,))
     assert member.path_in(run).exists()
-    _save(shelf, 4)
+    save(shelf, 4)
     assert not member.path_in(run).exists()
 
 
 def test_only_what_the_run_recorded_is_ever_removed(run):
     (run.path / "ckpt_mine.pth").write_text("mine")
     (run.objects_path / "notes.txt").write_text("mine too")
-    shelf = _shelf(run)
+    shelf = open_shelf(run)
     for epoch in range(1, 4):
-        _save(shelf, epoch)
-    _shelf(run)
+        save(shelf, epoch)
+    open_shelf(run)
     assert (run.path / "ckpt_mine.pth").read_text() == "mine"
     assert (run.objects_path / "notes.txt").exists()
 
@@ -143,55 +113,55 @@ def test_numbers_that_mean_nothing_are_refused(wrong):
 
 
 def test_all_names_of_a_checkpoint_are_one_file(run):
-    path = _save(_shelf(run, keep=Keep(epochs=[1])), 1, acc=1).path_in(run)
+    path = save(open_shelf(run, keep=Keep(epochs=[1])), 1, acc=1).path_in(run)
     names = [run.path / f"ckpt_{name}.pth" for name in ("latest", "best", "epoch_1")]
     assert {name.stat().st_ino for name in names} == {path.stat().st_ino}
 
 
 def test_an_attempt_that_was_taken_over_publishes_nothing_and_is_not_read(run):
-    old = _shelf(run)
-    reported = _save(old, 1, acc=1)
+    old = open_shelf(run)
+    reported = save(old, 1, acc=1)
     late = old.next(epoch=9, metrics={"acc": 9.0})
-    new = _shelf(run)
+    new = open_shelf(run)
     torch.save({"epoch": 9, "step": None, "acc": 9}, late.path_in(run))
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         old.publish(late)
     with pytest.raises(Superseded):
         old.next(epoch=10)
     assert [entry.order for entry in checkpoints.read_all(run)] == [reported.order]
-    assert _names(run) == {"latest": 1, "best": 1}
+    assert names_of(run) == {"latest": 1, "best": 1}
     assert new.latest == reported
 
 
 def test_a_name_that_a_late_predecessor_swung_is_repaired(run):
-    old = _shelf(run)
-    good = _save(old, 1)
+    old = open_shelf(run)
+    good = save(old, 1)
     late = run.objects_path / "0001-000077.pth"
     torch.save({"epoch": 77, "step": 0}, late)
     atomic.point_name(run.path / "ckpt_latest.pth", late)
-    new = _shelf(run)
-    assert _names(run) == {"latest": 1}
+    new = open_shelf(run)
+    assert names_of(run) == {"latest": 1}
     assert not late.exists()
     assert new.latest.order == good.order
 
 
 def test_left_over_temporaries_and_unrecorded_objects_are_swept_at_the_next_start(run):
-    _save(_shelf(run), 1)
+    save(open_shelf(run), 1)
     litter = [
         run.objects_path / f"0001-000002.pth{atomic.TEMPORARY}1-a", run.objects_path / "0001-000002.pth",
         run.path / f"ckpt_latest.pth{atomic.TEMPORARY}1-a", run.attempts_path / f"0001.json{atomic.TEMPORARY}1-a",
     ]  # fmt: skip
     for path in litter:
         path.write_text("half")
-    _shelf(run)
+    open_shelf(run)
     assert [path for path in litter if path.exists()] == []
-    assert _names(run) == {"latest": 1}
+    assert names_of(run) == {"latest": 1}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied", "grown", "swapped"])
 def test_verify_finds_damage(run, damage):
-    shelf = _shelf(run, keep=Keep(last=None))
-    other, entry = _save(shelf, 1), _save(shelf, 2)
+    shelf = open_shelf(run, keep=Keep(last=None))
+    other, entry = save(shelf, 1), save(shelf, 2)
     checkpoints.verify(run, entry)
     path = entry.path_in(run)
     content = bytearray(path.read_bytes())
@@ -215,8 +185,8 @@ def test_verify_finds_damage(run, damage):
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"checkpoints": 1}', b"\xff\xfe", b"[" * 100_000])
 @pytest.mark.parametrize("attempt", [1, 2])
 def test_a_lost_or_damaged_record_is_rebuilt_from_the_files(run, content, attempt):
-    _save(_shelf(run, keep=Keep(last=None)), 1, 10, acc=1)
-    _save(_shelf(run, keep=Keep(last=None)), 2, 20, acc=2)
+    save(open_shelf(run, keep=Keep(last=None)), 1, 10, acc=1)
+    save(open_shelf(run, keep=Keep(last=None)), 2, 20, acc=2)
     before = checkpoints.read_all(run)
     path = run.attempt_path(attempt)
     path.unlink()
@@ -228,11 +198,11 @@ def test_a_lost_or_damaged_record_is_rebuilt_from_the_files(run, content, attemp
         [getattr(entry, name) for name in facts] for entry in before
     ]
     assert _owned(after) == _owned(before)
-    third = _shelf(run, keep=Keep(last=None))
+    third = open_shelf(run, keep=Keep(last=None))
     assert third.attempt.number == 3
     assert "checkpoints" in json.loads(path.read_text())
-    _save(third, 3)
-    assert _names(run) == {"latest": 3, "best": 2, "epoch_1": 1, "epoch_2": 2, "epoch_3": 3}
+    save(third, 3)
+    assert names_of(run) == {"latest": 3, "best": 2, "epoch_1": 1, "epoch_2": 2, "epoch_3": 3}
 
 
 def _owned(entries):
@@ -240,7 +210,7 @@ def _owned(entries):
 
 
 def test_fields_of_a_later_version_are_read_over(run):
-    _save(_shelf(run), 1)
+    save(open_shelf(run), 1)
     path = run.attempt_path(1)
     content = json.loads(path.read_text())
     content["new"] = content["checkpoints"][0]["new"] = {"a": 1}

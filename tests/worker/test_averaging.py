@@ -15,8 +15,9 @@ from torch import nn
 
 import runmgr
 from runmgr.errors import InvalidInput, RunError
-from runmgr.worker import averaging
-from runmgr.worker.averaging import BestAverage, ExponentialAverage, RunningAverage
+from runmgr.worker import best
+from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+from runmgr.worker.best import BestAverage
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 KINDS = pytest.mark.parametrize(
@@ -335,6 +336,25 @@ def test_a_damaged_member_leaves_the_average_loudly():
     assert f"(metric 1) is left out, 2 stay: {damaged} is damaged" in log
 
 
+def test_members_stay_through_saves_without_the_average_and_a_restart():
+    model = Net()
+    average = BestAverage(model, k=2)
+    states = []
+    with runmgr.start_run("x", keep=runmgr.Keep(last=1)) as run:
+        for epoch in (1, 2):
+            states.append(shake(model, epoch))
+            average.update(epoch)
+            run.save({"net": model, "average": average}, epoch=epoch)
+        run.save({"net": model}, epoch=3)
+        assert_within_one_ulp(average.averaged_state_dict(), mean(states))
+        run.save({"net": model, "average": average}, epoch=4)
+    restored = BestAverage(model, k=2)
+    with runmgr.start_run("x", run_id=run.run_id, keep=runmgr.Keep(last=1)) as run:
+        run.restore({"net": model, "average": restored})
+        run.save({"net": model}, epoch=5)
+        assert_within_one_ulp(restored.averaged_state_dict(), mean(states))
+
+
 def test_the_memory_of_a_member_is_used_again_by_the_next():
     model = Net()
     average = BestAverage(model, k=1)
@@ -540,15 +560,15 @@ def test_averages_survive_a_deepcopy_and_keep_their_files_read_only():
 def test_a_member_shares_bytes_only_with_the_very_same_bits(dtype):
     one = torch.randint(0, 2, (1001, 3)).to(dtype)
     two = one.clone()
-    assert averaging._same_bits(one, two)
-    assert averaging._same_bits(one.t(), two.t().contiguous())
+    assert best._same_bits(one, two)
+    assert best._same_bits(one.t(), two.t().contiguous())
     two.view(torch.uint8)[-1, -1] ^= 1
-    assert not averaging._same_bits(one, two)
-    assert not averaging._same_bits(one, one[:-1])
-    assert averaging._same_bits(one[:0], two[:0])
+    assert not best._same_bits(one, two)
+    assert not best._same_bits(one, one[:-1])
+    assert best._same_bits(one[:0], two[:0])
 
 
 def test_for_sharing_bytes_nan_is_itself_and_the_zeros_differ():
     nan = torch.tensor([math.nan])
-    assert averaging._same_bits(nan, nan.clone())
-    assert not averaging._same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert best._same_bits(nan, nan.clone())
+    assert not best._same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))

@@ -128,11 +128,17 @@ def test_the_error_of_a_background_save_comes_with_the_next_question(tmp_path, a
             "save": lambda: run.save({"net": model}, epoch=3), "wait": run.wait, "should_stop": run.should_stop,
             "finish": run.finish,
         }  # fmt: skip
+        if asks == "finish":
+            (disk / "ballast").unlink()  # so that it can be recorded
         with pytest.raises((RankFailed, OSError), match="No space left"):
             questions[asks]()
-        (disk / "ballast").unlink()
+        (disk / "ballast").unlink(missing_ok=True)
         run._saver._check_space = lambda _: None
-        if asks != "finish":
+        if asks == "finish":
+            record = json.loads((run.run_dir / "run.json").read_text())
+            assert record["status"] == "failed"
+            assert "No space left" in record["error"]["message"]
+        else:
             assert _load(run)["epoch"] == 1
             run.save({"net": model}, epoch=4)
             assert _load(run)["epoch"] == 4
@@ -214,6 +220,27 @@ def test_without_a_thread_to_be_had_a_background_save_is_a_blocking_one(monkeypa
         assert handle.is_done
         assert _load(run)["epoch"] == handle.checkpoint.epoch == 1
     assert "can't start new thread, so save(block=False) waits" in next(run.run_dir.glob("log_*.txt")).read_text()
+
+
+@pytest.mark.parametrize("name", ["latest", "path"])
+def test_load_notices_damage_and_takes_files_without_checksums(tmp_path, name):
+    with runmgr.start_run("load") as run:
+        run.save({"x": torch.ones(1000)}, epoch=1)
+        path = run.path("latest")
+        given = name if name == "latest" else path
+        assert run.load(given)["epoch"] == 1
+        path.chmod(0o644)
+        content = bytearray(path.read_bytes())
+        content[content.find(torch.ones(100).numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(runmgr.CheckpointCorrupt, match=r"ckpt_latest.pth is damaged: the record .* CRC-32"):
+            run.load(given)
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save({"x": 1}, tmp_path / "foreign.pth")
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert run.load(tmp_path / "foreign.pth") == {"x": 1}
 
 
 def test_the_option_without_crcs_is_back_before_anything_is_pickled():
