@@ -40,6 +40,11 @@ class RunError(Exception):
         """What the error was about, as plain data."""
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
+    @property
+    def is_echo(self) -> bool:
+        """Whether another rank raised it, and this process only repeats it."""
+        return bool(self.__dict__.get("_is_echo"))
+
     def __reduce__(self) -> tuple[Any, ...]:
         return rebuild, (type(self).__name__, self.message, self.fields)
 
@@ -130,3 +135,8 @@ def _tree(base: type[RunError]) -> dict[str, type[RunError]]:
 def rebuild(name: str, message: str, fields: dict[str, Any]) -> RunError:
     """Make the error called `name` again from its plain parts; an unknown name gives a RunError."""
     return _tree(RunError).get(name, RunError)(message, **fields)
+
+
+def echo(name: str, message: str, fields: dict[str, Any]) -> RunError:
+    """Make the error that another rank raised."""
+    return rebuild(name, message, fields | {"_is_echo": True})

@@ -6,7 +6,9 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from runmgr.disk import atomic, catalog, checkpoints, provenance, record
+import torch
+
+from runmgr.disk import atomic, catalog, checkpoints, drift, failures, provenance, record
 from runmgr.disk import directory as directories
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
@@ -122,13 +124,14 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
     lease = record.Lease(run)
     lease.acquire(takes_over=choice.takes_over)
     try:
-        facts = provenance.collect()
-        hosts = _by_host(places)
-        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python")}
-        topology = {"world_size": len(places), "hosts": hosts, "launch": key}
+        facts = provenance.collect() | {"torch": torch.__version__}
+        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python", "torch")}
+        topology = {"world_size": len(places), "hosts": _by_host(places), "launch": key}
         attempt = record.Attempt.begin(run, brief | topology)
-        checkpoints.accept_predecessors(attempt)
         run_record = record.RunRecord.read(run)
+        if not choice.is_new:
+            _look_back(request, attempt, run_record, facts | topology)
+        checkpoints.accept_predecessors(attempt)
         _check_mode(request, run_record)
         shelf = shelves.Shelf(attempt, run_record, monitor=request.monitor, mode=request.mode, keep=request.keep)
         shelf.sweep()
@@ -150,6 +153,21 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
         lease.release()
         raise
     return Writer(shelf, attempt, run_record, lease, choice.is_new)
+
+
+def _look_back(request: Request, attempt: record.Attempt, run_record: record.RunRecord, facts: dict[str, Any]) -> None:
+    """Note what differs from the attempt before, and which rank failed first in it; written with what is written next."""
+    before = run_record.content
+    drift.note(attempt, before, facts | {"config": provenance.masked(request.config)[0]})
+    number = before.get("attempt")
+    if not isinstance(number, int) or before.get("status") == "completed":
+        return
+    last = record.look_at_json(attempt.run.attempt_path(number)) | {"attempt": number}
+    found = failures.first(attempt.run, last)
+    if found is None and before.get("status") == "running":
+        found = failures.unheard(number)
+    if found is not None:
+        before["first_failure"] = found
 
 
 def _check_mode(request: Request, run_record: record.RunRecord) -> None:
@@ -203,9 +221,12 @@ def _fork(request: Request, shelf: Shelf) -> None:
 
 def _by_host(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     hosts: dict[str, dict[str, Any]] = {}
+    spaces: dict[str, Any] = {}
     for place in places:
-        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "devices": []})
+        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "pids": [], "devices": []})
         host["ranks"].append(place["rank"])
+        is_visible = spaces.setdefault(place["host"], place["pid_space"]) == place["pid_space"]
+        host["pids"].append(place["pid"] if is_visible else None)  # a container of its own counts from 1 again
         host["devices"] = host["devices"] or place["devices"]
     return list(hosts.values())
 

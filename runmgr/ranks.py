@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from runmgr.errors import AgreementError
@@ -82,6 +83,12 @@ def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
     """The name that the user gave to this launch, the same in each of its restarts, or None."""
     given = environ.get("RUNMGR_LAUNCH_ID", "")
     return None if given in _NO_IDENTITY else given
+
+
+def torchrun_error_file(local_rank: int, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where a rank of this host that is decorated with torch's `record` writes its error, or None without torchrun."""
+    own = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parent.parent / str(local_rank) / Path(own).name if own else None
 
 
 def job_end(environ: Mapping[str, str] = os.environ) -> float | None:

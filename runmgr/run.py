@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from torch import nn
 
-from runmgr.disk import integrity
+from runmgr.disk import integrity, record
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import gathering, loading, logs, meeting, preemption, saving
+from runmgr.worker import failure, gathering, loading, logs, meeting, preemption, saving
 from runmgr.worker import state as states
 from runmgr.worker.best import BestAverage
 
@@ -92,6 +92,7 @@ class Run:
         self.tensorboard = logs.TensorBoard(directory.path) if self.is_main else logs.NoTensorBoard()
         self._saver = saving.Saver(writer.shelf, self.run_id, self.logger, on_save_error) if writer else None
         self._preemption = preemption.Preemption()
+        self._witness = failure.Witness(directory, attempt, agreement.ranks, self._logs.tail, self.logger)
         self._meeting: meeting.Meeting | None = None
         self._must_restore = False
         self._was_stopped = False
@@ -352,6 +353,7 @@ class Run:
         if not self._is_open:
             return
         self._is_open = False
+        self._witness.testify(error, self._preemption.received)  # first: whoever ends the others may kill this one soon
         atexit.unregister(self._finish_at_exit)
         self._preemption.close()
         if self._meeting is not None:
@@ -363,7 +365,9 @@ class Run:
                 self._end_saves(error)
                 if self._late_error is not None:
                     status, error = "failed", self._late_error
-                _write_end(self._writer, status, error)
+                    self._witness.testify(error, None)
+                seen = self._witness.first_failure(self._writer.attempt.content) if status == "failed" else {}
+                record.write_end(self._writer.attempt, self._writer.record, status, error, seen)
                 self.logger.info("run %s: %s", self.run_id, status)
         except (OSError, RunError) as trouble:
             self.logger.error("the end of run %s could not be recorded: %s", self.run_id, trouble)  # noqa: TRY400
@@ -372,6 +376,7 @@ class Run:
         finally:
             if self._writer is not None:
                 self._writer.lease.release()
+            self._witness.close()
             self._logs.close()
             self._on_closed()
         if self._late_error is not None:
@@ -382,15 +387,3 @@ def _key_of_model(state: Mapping[str, Any], average: Average) -> str:
     """Return the key under which the model of an average is saved, or nothing."""
     modules = ((key, value) for key, value in state.items() if isinstance(value, nn.Module))
     return next((key for key, value in modules if states.unwrap(value) is average.model), "")
-
-
-def _write_end(writer: Writer, status: str, error: BaseException | None) -> None:
-    from runmgr.disk.record import now_text
-
-    ended: dict[str, Any] = {"status": status, "ended": now_text(), "error": None}
-    if error is not None:
-        ended["error"] = {"type": type(error).__name__, "message": str(error)}
-    writer.attempt.content.update(ended)
-    writer.attempt.write()
-    writer.attempt.check_newest()
-    writer.record.update(**ended)

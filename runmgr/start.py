@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runmgr import opening
 from runmgr.disk import directory as directories
-from runmgr.disk import provenance
+from runmgr.disk import drift, failures, provenance
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunError
@@ -92,6 +92,8 @@ def start_run(
             "host": ranks.host,
             "rank": ranks.rank,
             "devices": provenance.devices() if ranks.local_rank == 0 else [],
+            "pid": os.getpid(),
+            "pid_space": provenance.pid_space(),
         }
 
     def decide(places: list[dict[str, Any]]) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def _opened(  # noqa: PLR0917  # called once, above
             "%s %s, attempt %d: %d ranks on %s", "resumed" if opened.resumed else "created", run.path, opened.attempt,
             opened.world_size, ", ".join(answer["hosts"]),
         )  # fmt: skip
+        _tell_of_the_past(opened, writers[0])
         if answer["without_lock"]:
             opened.logger.warning(
                 "%s; the run id was claimed by mkdir alone, which is as safe but keeps no order among launches of the "
@@ -146,6 +149,16 @@ def _opened(  # noqa: PLR0917  # called once, above
                 answer["without_lock"],
             )
     return opened
+
+
+def _tell_of_the_past(opened: Run, writer: Writer) -> None:
+    """Log which rank failed first in the attempt before, and what differs from it."""
+    past = writer.record.content.get("first_failure") or {}
+    before = writer.attempt.number - 1
+    if past.get("attempt") == before > 0:
+        opened.logger.warning("first failure of attempt %d: %s", before, failures.sentence(past))
+    if differences := writer.attempt.content.get("drift"):
+        opened.logger.warning("this attempt differs from attempt %d: %s", before, drift.sentence(differences))
 
 
 def _forget_open_run() -> None:

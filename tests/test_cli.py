@@ -59,7 +59,7 @@ def test_show_says_how_a_run_ended(runs, capsys):
     assert "best     epoch 3, step 30, acc 0.75\n" in out
     failed = runmgr.list_runs("wörter 🎉")[0]
     _, out, _ = _call(capsys, "show", f"wörter 🎉/{failed.run_id}")
-    assert "status   failed\nerror    ZeroDivisionError: nothing to divide\n" in out
+    assert "status         failed\nerror          ZeroDivisionError: nothing to divide\n" in out
     _, out, _ = _call(capsys, "show", str(runs[0]), "--json")
     assert json.loads(out)["record"]["tags"] == ["night"]
 

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runmgr.disk import catalog, directory
+from runmgr.disk import catalog, directory, drift, failures
+from runmgr.disk import record as records
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -114,8 +115,9 @@ def _row(run: catalog.RunInfo) -> tuple[str, ...]:
 
 def _show(given: argparse.Namespace) -> int:
     run = find(given.run, root_of(given))
+    failure, differences = _first_failure(run), _drift(run)
     if given.json:
-        print_json(run.as_json() | {"record": run.record})
+        print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
         return 0
     record = run.record
     git, error = record.get("git") or {}, record.get("error") or {}
@@ -129,9 +131,11 @@ def _show(given: argparse.Namespace) -> int:
         ("path", str(run.path)),
         ("status", run.status),
         ("error", f"{error.get('type')}: {error.get('message')}" if error else ""),
+        *_failure_rows(run, failure),
         ("created", run.created or ""),
         ("ended", run.ended or ""),
         ("attempt", "" if run.attempt is None else str(run.attempt)),
+        ("changed", drift.sentence(differences, shown=3)),
         ("hosts", hosts),
         ("latest", _checkpoint(run.latest)),
         ("best", _checkpoint(run.best)),
@@ -146,6 +150,29 @@ def _show(given: argparse.Namespace) -> int:
     for name, value in shown:
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def _first_failure(run: catalog.RunInfo) -> dict[str, Any] | None:
+    """Return what the reports of the newest attempt say by now, else what run.json says of an earlier one."""
+    folder = directory.RunDirectory(run.path)
+    found = failures.first(folder, records.newest_record(folder))
+    if found is None and run.status == "lost":
+        found = failures.unheard(run.attempt or 0)
+    known = run.record.get("first_failure")
+    return found or (known if isinstance(known, dict) else None)
+
+
+def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if failure is None:
+        return []
+    report = failure.get("report")
+    rows = [("first failure", f"{failures.sentence(failure)} (attempt {failure.get('attempt')})")]
+    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / report) if report else "")]
+
+
+def _drift(run: catalog.RunInfo) -> dict[str, Any]:
+    found = records.newest_record(directory.RunDirectory(run.path)).get("drift")
+    return found if isinstance(found, dict) else {}
 
 
 def _checkpoint(summary: dict[str, Any] | None) -> str:

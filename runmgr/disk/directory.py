@@ -165,6 +165,15 @@ class RunDirectory(NamedTuple):
         return self.private_path / "attempts"
 
     @property
+    def failures_path(self) -> Path:
+        """Where ranks that died left their last words."""
+        return self.private_path / "failures"
+
+    def failure_path(self, attempt: int, rank: int, kind: str) -> Path:
+        """Return the report of one rank in one attempt; `kind` is "cause" or "consequence"."""
+        return self.failures_path / f"{attempt:04d}-{rank:05d}-{kind}.json"
+
+    @property
     def lease_path(self) -> Path:
         """The live writer's mark."""
         return self.private_path / "lease"

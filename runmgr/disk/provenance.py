@@ -194,6 +194,14 @@ def packages() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+def pid_space() -> int | None:
+    """Return what tells apart the sets of process ids that containers of one host count, or None where there are none."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
 def devices() -> list[str]:
     """Return the models of this host's NVIDIA GPUs as the driver lists them; needs no CUDA context."""
     found = []

@@ -85,7 +85,8 @@ class Attempt:
     def begin(cls, run: RunDirectory, facts: dict[str, Any]) -> Attempt:
         """Take the next number by exclusive create; from then on every earlier attempt is superseded.
 
-        `accepts` in the record, filled in next, says up to which sequence number each earlier attempt is believed:
+        `accepts` and `clock_offset_s` (how far the file server's clock is ahead of this host's) in the record are
+        filled in next. `accepts` says up to which sequence number each earlier attempt is believed:
         what a late one adds after that is read by nobody.
         """
         number = max(attempt_numbers(run), default=0) + 1
@@ -108,6 +109,7 @@ class Attempt:
             raise RunError(
                 f"another process took attempt {number} of {run.path} at the same moment; start again"
             ) from None
+        content["clock_offset_s"] = atomic.clock_offset_s(run.attempts_path)
         return cls(run, number, content)
 
     def write(self) -> None:
@@ -146,6 +148,27 @@ class RunRecord:
         """Change fields and replace the file."""
         self.content.update(changes)
         atomic.write_json(self.run.record_path, self.content)
+
+
+def write_end(
+    attempt: Attempt, run_record: RunRecord, status: str, error: BaseException | None, seen: dict[str, Any]
+) -> None:
+    """Write down how an attempt ended, in its record and, unless a newer one has taken over, with `seen` in run.json."""
+    ended: dict[str, Any] = {"status": status, "ended": now_text(), "error": None}
+    if error is not None:
+        ended["error"] = {"type": type(error).__name__, "message": text_of(error)}
+    attempt.content.update(ended)
+    attempt.write()
+    attempt.check_newest()
+    run_record.update(**ended, **seen)
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of anybody's error."""
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # a user's own __str__
+        return f"<{type(error).__name__} that cannot be shown>"
 
 
 class Lease:

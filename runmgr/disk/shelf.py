@@ -194,8 +194,9 @@ class Shelf:
             self.run.private_path,
             self.run.objects_path,
             self.run.attempts_path,
+            self.run.failures_path,
         ):
-            for name in os.listdir(directory):
+            for name in os.listdir(directory) if directory.is_dir() else ():  # most runs have no failures
                 if atomic.TEMPORARY in name or (directory == self.run.objects_path and name in unlisted):
                     atomic.remove(directory / name)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from runmgr import ranks as environment
-from runmgr.errors import AgreementError, RankFailed, RankTimeout, RunError, rebuild
+from runmgr.errors import AgreementError, RankFailed, RankTimeout, RunError, echo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -249,7 +249,7 @@ class Agreement:
         answer = json.loads(self._store.get(out))
         self._store.set(f"{self._session}/read/{self.ranks.rank}", str(self._count))
         if error := _failure_in(answer):
-            raise error
+            raise error from failure
         return answer["value"]
 
     def linger(self, absent: Iterable[int] = ()) -> None:
@@ -352,7 +352,7 @@ def _packed(value: Any, failure: RunError | None) -> dict[str, Any]:
 
 
 def _failure_in(answer: dict[str, Any]) -> RunError | None:
-    return rebuild(*answer["error"]) if "error" in answer else None
+    return echo(*answer["error"]) if "error" in answer else None
 
 
 def _missing(ranks: list[int], what: str, timeout_s: float) -> RankTimeout:

@@ -6,7 +6,8 @@ import functools
 import logging
 import sys
 import time
-from contextlib import contextmanager
+from collections import deque
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOGGER_NAME = "runmgr"
+_TAIL_LINES, _LINE_LIMIT = 50, 2000
 _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 
 
@@ -24,6 +26,7 @@ class Logs:
 
     def __init__(self, path: Path, *, on_console: bool) -> None:
         self.handler = _LogFile(path, delay=True, encoding="utf-8", errors="backslashreplace")
+        self.tail = self.handler.tail
         formatter = logging.Formatter(_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self.handler.setFormatter(formatter)
@@ -46,14 +49,24 @@ class Logs:
         for handler in self._handlers:
             self._package.removeHandler(handler)
         logging.getLogger().removeHandler(self.handler)  # the user may have put it there
-        self.handler.close()
+        with suppress(OSError):  # a full disk: it has complained, and must not hide the training's own error
+            self.handler.close()
         self._package.setLevel(self._level)
 
 
 class _LogFile(logging.FileHandler):
-    """Says once, in one line, that the file cannot be written, instead of a traceback for each record."""
+    """Keeps its last lines in memory; says once, in one line, that the file cannot be written, not for each record."""
 
     _has_complained = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        self.tail.append(text[:_LINE_LIMIT])
+        return text
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
         error = sys.exception()

@@ -61,6 +61,18 @@ def _own_groups(proc: Path, groups: Path) -> Iterator[tuple[Path, _Files]]:
                 yield root.joinpath(*parts[:depth]), files
 
 
+def kills(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return how many processes the kernel has killed in this process's control group because memory ran out."""
+    for group, _ in _own_groups(proc, groups):
+        for name in ("memory.events", "memory.oom_control"):  # version 2, version 1
+            try:
+                fields = dict(line.split() for line in (group / name).read_text().splitlines())
+                return int(fields["oom_kill"])
+            except (OSError, KeyError, ValueError):
+                continue
+    return 0
+
+
 def _left_in(group: Path, files: _Files) -> int:
     try:
         limit, used = (int((group / name).read_text()) for name in (files.limit, files.used))
