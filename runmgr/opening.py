@@ -127,7 +127,7 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
         facts = provenance.collect() | {"torch": torch.__version__}
         brief = {name: facts[name] for name in ("argv", "cwd", "user", "python", "torch")}
         topology = {"world_size": len(places), "hosts": _by_host(places), "launch": key}
-        attempt = record.Attempt.begin(run, brief | topology)
+        attempt = record.Attempt.begin(run, brief | topology | {"pids": _pids(places)})
         run_record = record.RunRecord.read(run)
         if not choice.is_new:
             _look_back(request, attempt, run_record, facts | topology)
@@ -221,14 +221,21 @@ def _fork(request: Request, shelf: Shelf) -> None:
 
 def _by_host(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     hosts: dict[str, dict[str, Any]] = {}
-    spaces: dict[str, Any] = {}
     for place in places:
-        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "pids": [], "devices": []})
+        host = hosts.setdefault(place["host"], {"host": place["host"], "ranks": [], "devices": []})
         host["ranks"].append(place["rank"])
-        is_visible = spaces.setdefault(place["host"], place["pid_space"]) == place["pid_space"]
-        host["pids"].append(place["pid"] if is_visible else None)  # a container of its own counts from 1 again
         host["devices"] = host["devices"] or place["devices"]
     return list(hosts.values())
+
+
+def _pids(places: list[dict[str, Any]]) -> dict[str, list[int | None]]:
+    """Return each host's process ids in the order of its ranks; None in a container of its own, which counts from 1 again."""
+    pids: dict[str, list[int | None]] = {}
+    spaces: dict[str, Any] = {}
+    for place in places:
+        is_visible = spaces.setdefault(place["host"], place["pid_space"]) == place["pid_space"]
+        pids.setdefault(place["host"], []).append(place["pid"] if is_visible else None)
+    return pids
 
 
 def _token(run: RunDirectory) -> str:

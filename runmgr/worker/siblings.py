@@ -97,8 +97,9 @@ class Siblings:
                 break
             if poll.poll(_PAUSE_MS):  # a lagging view of the file; or the end
                 return []
+        pids_here = (content.get("pids") or {}).get(self._ranks.host) or []
         for host in content.get("hosts") or []:
-            pids = dict(zip(host["ranks"], host.get("pids") or [], strict=False))
+            pids = dict(zip(host["ranks"], pids_here, strict=False))
             if host["host"] == self._ranks.host and pids.get(self._ranks.rank) == os.getpid():
                 ranks = sorted(pids)
                 return [
