@@ -89,19 +89,24 @@ _guards: set[int] = set()  # what a guard listens to; other children must not ke
 
 
 def _start_guard(path: Path) -> tuple[int, int]:
+    """Start what removes `path` when the descriptor that is returned with its pid is closed everywhere."""
     reading, writing = os.pipe()
-    pid = os.fork()
+    is_ready, ready = os.pipe()
+    pid = _fork()
     if pid:
-        os.close(reading)
+        for descriptor in (reading, ready):
+            os.close(descriptor)
+        os.read(is_ready, 1)
+        os.close(is_ready)
         _guards.add(writing)
         return pid, writing
     try:
         os.setsid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1})
         null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        os.dup2(reading, 3)
+        for number, descriptor in enumerate((null, null, null, os.dup(reading))):  # nobody waits for our output to end
+            os.dup2(descriptor, number)
+        os.write(ready, b"x")
         os.closerange(4, 1 << 16)
         os.read(3, 1)  # ends when the last holder of the other end does
         remove_tree(path)
@@ -109,16 +114,26 @@ def _start_guard(path: Path) -> tuple[int, int]:
         os._exit(0)
 
 
+def _fork() -> int:
+    """Fork with Ctrl-C put off, in the child for good: Python drops what is raised in its hooks around a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
 class Child:
     """A forked process that does one thing; its answer is plain data."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
         self._reading, writing = os.pipe()
-        self._pid = os.fork()
+        self._pid = _fork()
         if self._pid:
             os.close(writing)
             return
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             for descriptor in (self._reading, *_guards):
                 os.close(descriptor)
             _guards.clear()

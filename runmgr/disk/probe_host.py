@@ -243,11 +243,13 @@ def _server_clock(folder: Path) -> Finding:
     path.write_bytes(b"x")
     os.utime(path)  # "now", as the server sees it
     after = time.time()
-    offset = path.stat().st_mtime - (before + after) / 2
-    said = f"{offset:+.3f} s from this host's (±{(after - before) / 2:.2g})"
+    written = path.stat().st_mtime_ns
+    whole_s = 0 if written % 10**9 else 1  # sshfs counts in whole seconds
+    offset, uncertainty = written / 1e9 + whole_s / 2 - (before + after) / 2, (after - before + whole_s) / 2
+    said = f"{offset:+.3f} s from this host's (±{uncertainty:.2g})"
     text = "run ids and logs carry the host's time; their order is kept whatever clocks say"
-    figures = {"offset_s": offset, "uncertainty_s": (after - before) / 2}
-    if abs(offset) > WRONG_CLOCK_S:
+    figures = {"offset_s": offset, "uncertainty_s": uncertainty}
+    if abs(offset) - uncertainty > WRONG_CLOCK_S:
         return Finding("server clock", "worse", said, text, "set both clocks by NTP (chrony)", figures)
     return Finding("server clock", "fine", said, text, figures=figures)
 

@@ -8,6 +8,7 @@ takes, there and back, is the lag; nobody's clock is compared with another's, bu
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -43,6 +44,7 @@ _GOODBYE_LIMIT_S = 10.0
 _ROUNDS, _RACES = 5, 100
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
 _SLOW_TO_SEE_S = 5.0
+_GONE = {errno.ENOENT, errno.ESTALE, errno.ENOTDIR}
 
 
 class Peer(NamedTuple):
@@ -61,28 +63,25 @@ class Board:
 
     def put(self, name: str, value: Any = None) -> None:
         """Leave a note."""
-        try:
+        with self.there():
             atomic.write_derived_json(self.path / name, value)
-        except FileNotFoundError:
-            raise self._gone() from None
 
     def names(self) -> set[str]:
         """List the notes; making a name here first lets this host's cache go."""
         own = self.path / f".look-{self._rank}"
-        try:
+        with self.there():
             with contextlib.suppress(FileExistsError, PermissionError):
                 own.mkdir()
             with contextlib.suppress(FileNotFoundError):
                 own.rmdir()
             return set(os.listdir(self.path))
-        except FileNotFoundError:
-            raise self._gone() from None
 
     def read(self, name: str) -> Any:
         """Read a note that is listed; its content may lag behind its name."""
         for pause_s in pauses(_STEP_LIMIT_S):
             with contextlib.suppress(OSError, ValueError):
                 return json.loads((self.path / name).read_bytes())
+            self.names()  # raises when all of it is gone
             time.sleep(pause_s)
         raise RunError(f"{self.path / name} is listed but could not be read for {_STEP_LIMIT_S:g} s")
 
@@ -94,8 +93,15 @@ class Board:
             time.sleep(pause_s)
         raise RunError(f"rank 0 did not come to {name!r} in {self.path} within {limit_s:g} s; look at its own message")
 
-    def _gone(self) -> RunError:
-        return RunError(f"rank 0 ended early: {self.path} is gone; look at its own message")
+    @contextlib.contextmanager
+    def there(self) -> Iterator[None]:
+        """Turn what the file system says of a directory that is gone into an error that says why."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            raise RunError(f"rank 0 ended early: {self.path} is gone; look at its own message") from None
 
 
 def pauses(limit_s: float) -> Iterator[float]:
@@ -118,7 +124,8 @@ def follow(root: Path, word: str, ranks: Ranks, *, limit_s: float = SEEN_LIMIT_S
         return 0
     for step, act in _STEPS.items():
         value = board.wait(step, _STEP_LIMIT_S + _FOLLOWER_LIMIT_S)
-        act(board, value, functools.partial(board.put, f"{step}.{ranks.rank}"))
+        with board.there():
+            act(board, value, functools.partial(board.put, f"{step}.{ranks.rank}"))
     status = board.wait("end", _FOLLOWER_LIMIT_S)
     board.put(f"bye.{ranks.rank}")
     return int(status)
