@@ -225,6 +225,7 @@ def take_back(writer: Writer) -> None:
     """Undo a start that other ranks could not follow."""
     try:
         if writer.is_new:
+            _forget_launch(writer)
             directories.remove_unused(writer.shelf.run)
         else:
             writer.record.update(status="failed", ended=record.now_text())
@@ -232,3 +233,11 @@ def take_back(writer: Writer) -> None:
         pass
     finally:
         writer.lease.release()
+
+
+def _forget_launch(writer: Writer) -> None:
+    """Remove the note that this launch made this run."""
+    run, key = writer.shelf.run, writer.attempt.content["launch"]
+    experiment = Experiment(run.path.parent.parent, run.path.parent.name)
+    if key is not None:
+        atomic.remove(experiment.launches_path / f"{key}.{_starts[experiment]}")

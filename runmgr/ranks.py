@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from runmgr.errors import AgreementError
@@ -99,3 +100,12 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise AgreementError(
             f"{name}={environ.get(name)!r} is not a whole number; launchers set it, so look for the script that overwrites it."
         ) from None
+
+
+def step_word(environ: Mapping[str, str] = os.environ) -> str:
+    """A word that is the same in all processes that one command started, and hardly ever in others at that time."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    if "RANK" not in environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "OMPI_MCA_orte_ess_jobid", "PMIX_NAMESPACE")
+    said = "\0".join(environ.get(name, "") for name in names)
+    return f"{zlib.crc32(said.encode()):08x}-"
