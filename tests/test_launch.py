@@ -120,10 +120,11 @@ def test_a_copy_of_the_script_in_slurms_spool_finds_its_home(tmp_path):
         f'#!/bin/sh\necho "JobId=$3 JobName=x"; echo "   Command={home}/launch.sh a.py /launch.sh"\n'
     )
     (tools / "scontrol").chmod(0o755)
-    by_slurm = run("bash", script, "--dry-run", "a.py", **told)
+    copied = ("env", f"--chdir={spool}", "bash", script, "--dry-run", "a.py")
+    by_slurm = run(*copied, **told)
     assert (by_slurm.returncode, by_slurm.stdout[-5:]) == (0, "a.py\n"), by_slurm.stderr
     (tools / "scontrol").write_text("#!/bin/sh\nexit 1\n")
-    by_folder = run("bash", script, "--dry-run", "a.py", SLURM_SUBMIT_DIR=str(home.parent), **told)
+    by_folder = run(*copied, SLURM_SUBMIT_DIR=str(home.parent), **told)
     assert by_folder.stdout == by_slurm.stdout
 
 

@@ -108,3 +108,23 @@ def test_plain_srun_is_one_launch_with_a_process_group_and_one_clear_error_witho
     assert len(runs(root)) == 1
     assert next(iter(runs(root).values()))["world_size"] == 2
     assert printed.count("start") == 1
+
+
+def test_a_job_that_a_more_important_one_displaces_goes_on_afterwards(slurm, root):
+    """Slurm requeues such a job only while its script runs, so the script asks for it, as docs/slurm.md says."""
+    status = f"{sys.executable} -m runmgr.cli show job --json"
+    script = slurm.script(
+        "low",
+        f"bash {LAUNCH} --nproc-per-node=1 {JOB} {ENDLESS}\n"
+        f'if {status} | grep -q \'"status": "preempted"\'; then scontrol requeue $SLURM_JOB_ID; fi',
+    )
+    options = ("--nodes=2", "--ntasks-per-node=1", "--exclusive")
+    job = slurm.submit("low", "--requeue", *options, script)
+    job.wait_for("saved")
+    high = slurm.submit("high", "--partition=high", *options, slurm.script("high", "echo runs; sleep 2"))
+    ((_, run_id, step),) = job.wait_for("stop")
+    high.wait_for("runs")
+    assert runs(root)[run_id]["status"] == "preempted"
+    job.start_now()
+    assert job.wait_for("start", 2)[1][:4] == ["start", run_id, "2", step]
+    job.cancel()
