@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 90.0
 _OWN_FOLDERS = ("/etc/munge", "/var/log/munge", "/var/lib/munge", "/etc/slurm")
-_CONFIGURATION = """
+CREDENTIALS_S = 5  # how long they are valid; Slurm's own choice is two minutes
+_CONFIGURATION = f"""
 ClusterName=test
 SlurmctldHost=host1(10.77.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=5
+AuthInfo=cred_expire={CREDENTIALS_S}
 StateSaveLocation=/run/slurm/state
 SlurmdSpoolDir=/run/slurm/spool
 SlurmctldPidFile=/run/slurm/slurmctld.pid
@@ -61,7 +62,7 @@ class Slurm:
 
     def __init__(self, cluster: Hosts, folder: Path) -> None:
         self._cluster = cluster
-        self._folder = folder
+        self.folder = folder
         self._environ = clean_environment(
             GLOO_SOCKET_IFNAME="eth0", RUNMGR_CKPT_ROOT_DIR=str(folder / "checkpoints"), VIRTUAL_ENV=sys.prefix,
             PYTHONUNBUFFERED="1",
@@ -72,14 +73,14 @@ class Slurm:
         numbers = range(1, self._cluster.count + 1)
         nodes = "".join(f"NodeName=host{n} NodeAddr=10.77.0.{n} CPUs=8 RealMemory=2000\n" for n in numbers)
         for name, content in (("slurm.conf", _CONFIGURATION + nodes), ("cgroup.conf", "CgroupPlugin=cgroup/v1\n")):
-            (self._folder / name).write_text(content)
-        (self._folder / "munge.key").write_bytes(os.urandom(1024))
+            (self.folder / name).write_text(content)
+        (self.folder / "munge.key").write_bytes(os.urandom(1024))
         for number in numbers:
             self._cluster.shell(
                 number,
                 "mkdir -p /run/munge /run/slurm/state /run/slurm/spool; chown munge: /run/munge; chmod 755 /run/munge; "
                 f"for d in {' '.join(_OWN_FOLDERS)}; do mkdir -p $d; mount -t tmpfs -o mode=755 tmpfs $d; done; "
-                f"cp {self._folder}/munge.key /etc/munge/; cp {self._folder}/*.conf /etc/slurm/; "
+                f"cp {self.folder}/munge.key /etc/munge/; cp {self.folder}/*.conf /etc/slurm/; "
                 "chown -R munge: /etc/munge /var/log/munge /var/lib/munge; chmod 400 /etc/munge/munge.key; "
                 "chmod 700 /etc/munge /var/log/munge; setpriv --reuid=munge --regid=munge --clear-groups munged; "
                 + ("slurmctld -c; " if number == 1 else "")
@@ -98,13 +99,13 @@ class Slurm:
 
     def submit(self, name: str, *argv: str | Path) -> Job:
         """Give Slurm a batch job."""
-        output = self._folder / f"{name}.out"
+        output = self.folder / f"{name}.out"
         shared = ("--parsable", f"--job-name={name}", "--open-mode=append", f"--output={output}")
         return Job(self, int(self.call("sbatch", *shared, *argv)), output)
 
     def script(self, name: str, lines: str) -> Path:
         """Write a batch script."""
-        path = self._folder / f"{name}.sh"
+        path = self.folder / f"{name}.sh"
         path.write_text(f"#!/bin/bash\n{lines}\n")
         return path
 
@@ -161,10 +162,6 @@ class Job:
         self._slurm.call("scontrol", "update", f"jobid={self.number}", "StartTime=now", fails=True)
         time.sleep(0.3)
         return self.state()
-
-    def signal(self, name: str, *options: str) -> None:
-        """Let Slurm send a signal: to the steps, or with --batch to the script."""
-        self._slurm.call("scancel", f"--signal={name}", *options, str(self.number))
 
     def cancel(self) -> None:
         """End the job."""

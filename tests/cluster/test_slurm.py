@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hosts import hosts
-from slurm import LAUNCH, Slurm
+from slurm import CREDENTIALS_S, LAUNCH, Slurm
 
 pytestmark = [pytest.mark.needs(tool) for tool in ("root", "nsenter", "ip", "slurmctld", "slurmd", "munged", "setpriv")]
 JOB = Path(__file__).with_name("slurm_job.py")
@@ -26,6 +27,17 @@ def controller(tmp_path_factory):
 @pytest.fixture
 def slurm(controller, tmp_path):
     return Slurm(controller, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def warned(controller, tmp_path_factory):
+    """Jobs that Slurm warns: it looks every 30 s, so they wait for it while other tests run."""
+    made = Slurm(controller, tmp_path_factory.mktemp("warned"))
+    options = ("--time=2", "--nodes=1", "--ntasks=1", "--requeue")
+    training = (LAUNCH, "--nproc-per-node=1", JOB, ENDLESS)
+    jobs = [made.submit(f"job-{number}", *options, f"--signal={signal}@110", *training)
+            for number, signal in enumerate(("USR1", "B:USR1"))]  # fmt: skip
+    return made.folder / "checkpoints", jobs
 
 
 def runs(root) -> dict[str, dict]:
@@ -56,23 +68,6 @@ def test_a_requeued_launch_on_two_nodes_stops_together_and_goes_on_there(slurm, 
     job.cancel()
 
 
-def test_the_warning_before_the_end_stops_a_training_whichever_way_slurm_sends_it(slurm, root):
-    """Slurm looks every 30 s for jobs to warn, so both kinds are tried at once."""
-    options = ("--time=1", "--ntasks=1", "--nodes=1", "--requeue")
-    steps = slurm.submit("steps", *options, "--signal=USR1@50", LAUNCH, "--nproc-per-node=1", JOB, ENDLESS, "s")
-    script = slurm.submit("batch", *options, "--signal=B:USR1@50", LAUNCH, "--nproc-per-node=1", JOB, ENDLESS, "b")
-    for job in (steps, script):
-        ((_, run_id, step),) = job.wait_for("stop")
-        job.until(lambda job=job: job.state() == "COMPLETED")
-        assert runs(root)[run_id]["status"] == "preempted"
-        assert runs(root)[run_id]["attempt"] == 1
-        job.requeue()
-        again = job.wait_for("start", 2)[1]
-        assert again[:4] == ["start", run_id, "2", step]
-        job.cancel()
-    assert len(runs(root)) == 2
-
-
 def test_each_training_of_a_job_continues_its_own_run(slurm, root):
     script = slurm.script(
         "several",
@@ -94,9 +89,9 @@ def test_each_training_of_a_job_continues_its_own_run(slurm, root):
     job.cancel()
 
 
-def test_what_is_started_by_hand_in_one_allocation_are_runs_of_their_own(slurm, root):
-    slurm.call("salloc", "--ntasks=1", "bash", "-c", f"{PYTHON} 0 && {PYTHON} 0 && srun {PYTHON} 0 && srun {PYTHON} 0")
-    assert [run["attempt"] for run in runs(root).values()] == [1] * 4
+def test_what_is_started_by_hand_in_one_allocation_are_runs_of_their_own(warned, slurm, root):
+    slurm.call("salloc", "--ntasks=1", "bash", "-c", f"{PYTHON} 0 && {PYTHON} 0 && srun {PYTHON} 0")
+    assert [run["attempt"] for run in runs(root).values()] == [1] * 3
 
 
 def test_plain_srun_is_one_launch_with_a_process_group_and_one_clear_error_without(slurm, root):
@@ -108,6 +103,22 @@ def test_plain_srun_is_one_launch_with_a_process_group_and_one_clear_error_witho
     assert len(runs(root)) == 1
     assert next(iter(runs(root).values()))["world_size"] == 2
     assert printed.count("start") == 1
+
+
+def test_the_warning_before_the_end_stops_a_training_whichever_way_slurm_sends_it(warned):
+    root, jobs = warned
+    stopped = [job.wait_for("stop")[0] for job in jobs]
+    for job in jobs:
+        job.until(lambda job=job: job.state() == "COMPLETED")
+    assert {run_id for _, run_id, _ in stopped} == set(runs(root))
+    assert [(run["status"], run["attempt"]) for run in runs(root).values()] == [("preempted", 1)] * 2
+    time.sleep(CREDENTIALS_S + 1)  # until then a node refuses the credentials of a job that has ended
+    for job in jobs:
+        job.requeue()
+    for job, (_, run_id, step) in zip(jobs, stopped, strict=True):
+        assert job.wait_for("start", 2)[1][:4] == ["start", run_id, "2", step]
+        job.cancel()
+    assert len(runs(root)) == 2
 
 
 def test_a_job_that_a_more_important_one_displaces_goes_on_afterwards(slurm, root):
