@@ -2,7 +2,7 @@
 
 torchrun dies of both, and its ranks with it, while Slurm's `--signal=USR1@60` means them as a warning. They are handed
 on only to processes that catch them: to a rank that does not listen yet the signal would be the end, so it is offered
-again until one does. SIGTERM and SIGINT stay torchrun's own: it passes them on and waits 30 seconds.
+again until it does. SIGTERM and SIGINT stay torchrun's own: it passes them on and waits 30 seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,28 +43,36 @@ def listen() -> None:
 
 
 def _hand_on(received: queue.SimpleQueue[int]) -> None:
+    pending: list[tuple[int, set[int]]] = []
     while True:
-        number = received.get()
-        while not offer(number, os.getpid()):
-            time.sleep(_PAUSE_S)
+        with contextlib.suppress(queue.Empty):
+            pending.append((received.get(timeout=_PAUSE_S if pending else None), set()))
+        pending = [(number, told) for number, told in pending if not offer(number, os.getpid(), told)]
 
 
-def offer(number: int, pid: int) -> bool:
-    """Send the signal to the nearest descendants of `pid` that catch it; False when there is none."""
+def offer(number: int, pid: int, told: set[int]) -> bool:
+    """Send the signal below each child of `pid` that is not in `told`, to the nearest processes that catch it.
+
+    Children where some did are added to `told`; returns whether all children, and at least one, are in it now.
+    """
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdecimal():
             children.setdefault(_parent(name), []).append(int(name))
-    asked = list(children.get(pid, ()))
-    was_heard = False
-    for candidate in asked:
-        if not _catches(candidate, number):
-            asked += children.get(candidate, ())
-            continue
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(candidate, number)
-            was_heard = True
-    return was_heard
+    ranks = children.get(pid, [])
+    for rank in ranks:
+        if rank not in told and _tell(number, rank, children):
+            told.add(rank)
+    return bool(ranks) and told.issuperset(ranks)
+
+
+def _tell(number: int, pid: int, children: dict[int, list[int]]) -> bool:
+    if not _catches(pid, number):
+        heard = [_tell(number, child, children) for child in children.get(pid, ())]
+        return any(heard)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, number)
+    return True
 
 
 def _parent(pid: str) -> int:

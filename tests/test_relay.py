@@ -16,7 +16,7 @@ from runmgr import relay
 LISTENER = """
 import os, signal, sys, time
 heard = []
-time.sleep(float(sys.argv[2]))
+time.sleep(float(sys.argv[2]) * (1 + int(os.environ["RANK"])))  # one listens later than the other
 signal.signal(getattr(signal, sys.argv[1]), lambda *_: heard.append(1))
 deadline = time.monotonic() + 30
 while not heard and time.monotonic() < deadline:
@@ -56,10 +56,14 @@ def test_a_signal_goes_to_the_nearest_descendants_that_catch_it_and_to_no_other(
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     with subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True) as process:
         try:
-            wait_until(lambda: relay.offer(signal.SIGUSR1, os.getpid()))
+            told = set()
+            wait_until(lambda: relay.offer(signal.SIGUSR1, os.getpid(), told) or told)
             assert process.stdout.readline() == "inner\n"
             assert process.poll() is None
-            assert not relay.offer(signal.SIGUSR2, os.getpid())
+            assert told == {process.pid}
+            nobody = set()
+            assert not relay.offer(signal.SIGUSR2, os.getpid(), nobody)
+            assert not nobody
         finally:
             for pid in [*descendants(process.pid), process.pid]:
                 os.kill(pid, signal.SIGKILL)
