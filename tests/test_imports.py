@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ranks": {"errors"},
     "disk": {"errors", "ranks"},
     "launch": {"errors", "ranks", "disk"},
+    "relay": set(),  # torchrun itself, which launch starts
     "cli": {"errors", "ranks", "disk", "launch"},
     "worker": {"errors", "ranks", "disk"},
     "run": {"errors", "ranks", "disk", "worker"},
@@ -41,6 +42,7 @@ HOMES = {
     "worker/state.py": {"dist.*"},
     "worker/averaging.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},
+    "relay.py": {"signal.signal", "dist.*"},  # torchrun's main
     "examples": {"dist.*"},  # a user's script, which opens its own process group
 }
 GUARDED = set().union(*HOMES.values())

@@ -115,7 +115,7 @@ class Experiment(NamedTuple):
 
     @property
     def launches_path(self) -> Path:
-        """Which run a launch made: files `<key>.<n>` that hold a run id."""
+        """Which run a launch made: the files of `disk/launches.py`."""
         return self.path / ".runmgr" / "launches"
 
     def run(self, run_id: str) -> RunDirectory:

@@ -112,7 +112,11 @@ class Attempt:
 
     def write(self) -> None:
         """Replace the record on disk by the one in memory, durably."""
-        atomic.write_json(self.run.attempt_path(self.number), self.content)
+        try:
+            atomic.write_json(self.run.attempt_path(self.number), self.content)
+        except FileNotFoundError:  # a newer attempt swept the temporary away
+            self.check_newest()
+            raise
 
     def check_newest(self) -> None:
         """Raise Superseded when a newer attempt owns the run."""
