@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from runmgr.disk import atomic, catalog, checkpoints, provenance, record
 from runmgr.disk import directory as directories
+from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunNotFound
@@ -94,8 +95,7 @@ def _choose(request: Request, launch_path: Path | None) -> _Choice:
     if request.resume == "latest":
         for run_id in catalog.run_ids(experiment):
             run = experiment.run(run_id)
-            live = record.status_of(run, record.read_json(run.record_path) or {}) == "running"
-            if live or (run.path / directories.LATEST_NAME).exists():
+            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run):
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind
@@ -119,14 +119,14 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
     run = choice.run
     for directory in (run.private_path, run.objects_path, run.attempts_path):
         directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
-    lease = record.Lease(run)
-    lease.acquire(takes_over=choice.takes_over)
+    lease = leases.Lease(run)
+    lease.acquire(takes_over=choice.takes_over, launch=key)
     try:
         facts = provenance.collect()
         hosts = _by_host(places)
         brief = {name: facts[name] for name in ("argv", "cwd", "user", "python")}
         topology = {"world_size": len(places), "hosts": hosts, "launch": key}
-        attempt = record.Attempt.begin(run, brief | topology)
+        attempt = record.Attempt.begin(run, brief | topology | lease.facts(), after=lease.after)
         checkpoints.accept_predecessors(attempt)
         run_record = record.RunRecord.read(run)
         _check_mode(request, run_record)

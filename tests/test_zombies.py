@@ -134,7 +134,7 @@ def _wake_up_a_zombie(root, launch, after_s):
     with runmgr.start_run("zombies", run_id=run.run_id, monitor="acc", keep=_KEEP) as third:
         assert third.restore({}).epoch == start + 3
         _check_names(run)
-    return any(entry.epoch > start for entry in checkpoints._recorded(run, 1))
+    return any(entry.epoch > start for entry in checkpoints.recorded(run, 1))
 
 
 def _check_names(run):
