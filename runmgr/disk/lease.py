@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _HEARTBEAT_S = 5.0
 _POLL_S = 0.05
+_NAMING_S = 1.0
 
 
 class Lease:
@@ -151,8 +152,10 @@ class _Watch:
         atomic.remove(self._run.lease_path)
 
     def holder(self) -> str:
-        """Name the process that the mark names."""
-        owner = self._lease.owner
+        """Name the process that the mark names, which one that has just come is still writing."""
+        deadline = time.monotonic() + _NAMING_S
+        while (owner := self._lease.owner) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         if owner is None or self._is_of_newest():
             return record.holder_of(self._run)
         return f"pid {owner.pid} on host {owner.hostname.partition('?')[0]}"

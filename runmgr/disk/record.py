@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises OSError when it could not be read: what decides or writes must not take that for an empty one.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(atomic.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
