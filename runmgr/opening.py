@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from runmgr import ranks
 from runmgr.disk import atomic, catalog, checkpoints, provenance, record
 from runmgr.disk import directory as directories
+from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.disk.launches import NamedLaunch, SlurmLaunch
@@ -57,16 +58,15 @@ def open_run(request: Request, places: list[dict[str, Any]], timeout_s: float) -
     experiment = request.experiment
     _starts[experiment] = _starts.get(experiment, 0) + 1
     launches = _launches(experiment, _starts[experiment], timeout_s)
-    key = ", ".join(launch.key for launch in launches) or None
     for _ in range(_RIVAL_STARTS):
-        opened = _choose_and_open(request, launches, places, key)
+        opened = _choose_and_open(request, launches, places)
         if opened is not None:
             choice, writer = opened
             break
     else:
         raise RunError(
-            f"{_RIVAL_STARTS} times in a row another process of the launch {key} made its run first, and it was gone "
-            f"again; look for processes that start at once under one RUNMGR_LAUNCH_ID"
+            f"{_RIVAL_STARTS} times in a row another process of the launch {_shown(launches)} made its run first, and it "
+            f"was gone again; look for processes that start at once under one RUNMGR_LAUNCH_ID"
         )
     hosts = {place["host"]: place["rank"] for place in reversed(places)}
     answer = {
@@ -96,7 +96,7 @@ def _launches(experiment: Experiment, number: int, timeout_s: float) -> list[Lau
 
 
 def _choose_and_open(
-    request: Request, launches: list[Launch], places: list[dict[str, Any]], key: str | None
+    request: Request, launches: list[Launch], places: list[dict[str, Any]]
 ) -> tuple[_Choice, Writer] | None:
     """Decide which run this launch opens, and become its writer.
 
@@ -106,7 +106,7 @@ def _choose_and_open(
     choice = writer = None
     try:
         choice = _choose(request, launches)
-        writer = _become_writer(request, choice, places, key)
+        writer = _become_writer(request, choice, places, launches)
         if _remember(launches, choice):
             return choice, writer
     except BaseException:
@@ -119,7 +119,8 @@ def _choose_and_open(
 def _undo(choice: _Choice | None, writer: Writer | None, launches: list[Launch]) -> None:
     if writer is not None:
         take_back(writer)
-    elif choice is not None and choice.is_new:
+        return
+    if choice is not None and choice.is_new:
         directories.remove_unused(choice.run)
     for launch in launches:
         launch.give_back()
@@ -149,8 +150,7 @@ def _choose(request: Request, launches: list[Launch]) -> _Choice:
     if request.resume == "latest":
         for run_id in catalog.run_ids(experiment):
             run = experiment.run(run_id)
-            live = record.status_of(run, record.read_json(run.record_path) or {}) == "running"
-            if live or (run.path / directories.LATEST_NAME).exists():
+            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run):
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind
@@ -167,19 +167,23 @@ def _run_of_launch(launches: list[Launch]) -> tuple[RunDirectory | None, Launch 
     return None, None
 
 
-def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], key: str | None) -> Writer:
+def _shown(launches: list[Launch]) -> str | None:
+    return ", ".join(launch.key for launch in launches) or None
+
+
+def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
     for directory in (run.private_path, run.objects_path, run.attempts_path):
         directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
-    lease = record.Lease(run)
-    lease.acquire(takes_over=choice.takes_over)
+    lease, key = leases.Lease(run), _shown(launches)
+    lease.acquire(takes_over=choice.takes_over, launch=key)
     try:
         facts = provenance.collect()
         hosts = _by_host(places)
         brief = {name: facts[name] for name in ("argv", "cwd", "user", "python")}
         topology = {"world_size": len(places), "hosts": hosts, "launch": key}
-        attempt = record.Attempt.begin(run, brief | topology)
+        attempt = record.Attempt.begin(run, brief | topology | lease.facts(), after=lease.after)
         checkpoints.accept_predecessors(attempt)
         run_record = record.RunRecord.read(run)
         _check_mode(request, run_record)
@@ -202,7 +206,7 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
     except BaseException:
         lease.release()
         raise
-    return Writer(shelf, attempt, run_record, lease, choice.is_new)
+    return Writer(shelf, attempt, run_record, lease, choice.is_new, launches)
 
 
 def _check_mode(request: Request, run_record: record.RunRecord) -> None:
@@ -278,19 +282,12 @@ def take_back(writer: Writer) -> None:
     """Undo a start that other ranks could not follow."""
     try:
         if writer.is_new:
-            _forget_launch(writer)
             directories.remove_unused(writer.shelf.run)
         else:
             writer.record.update(status="failed", ended=record.now_text())
+        for launch in writer.launches:
+            launch.give_back()
     except OSError:  # the error that brought us here is the one to tell
         pass
     finally:
         writer.lease.release()
-
-
-def _forget_launch(writer: Writer) -> None:
-    """Remove the note that this launch made this run."""
-    run, key = writer.shelf.run, writer.attempt.content["launch"]
-    experiment = Experiment(run.path.parent.parent, run.path.parent.name)
-    if key is not None:
-        atomic.remove(experiment.launches_path / f"{key}.{_starts[experiment]}")

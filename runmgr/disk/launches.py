@@ -50,7 +50,7 @@ class NamedLaunch:
         self.key = check_name(key, "launch id")
         self._experiment = experiment
         self._path = experiment.launches_path / f"{key}.{number}"
-        self._found = False
+        self._found = self._noted = False
 
     def run(self) -> RunDirectory | None:
         """Return the run of this name, unless it was removed since."""
@@ -65,17 +65,21 @@ class NamedLaunch:
         """Give the name to `run`; an earlier run under it is only replaced if `run()` had seen it."""
         self._path.parent.mkdir(exist_ok=True)
         content = run.run_id.encode()
-        if self._found:
-            atomic.write_bytes(self._path, content)
-            return True
         try:
-            atomic.create_bytes(self._path, content)
+            if self._found:
+                atomic.write_bytes(self._path, content)
+            else:
+                atomic.create_bytes(self._path, content)
         except FileExistsError:
             return False
+        self._noted = True
         return True
 
     def give_back(self) -> None:
-        """Nothing was taken."""
+        """Forget the run, if this start noted it."""
+        if self._noted:
+            atomic.remove(self._path)
+            self._noted = False
 
 
 class SlurmLaunch:
@@ -94,6 +98,7 @@ class SlurmLaunch:
         words = sys.orig_argv if command is None else command
         self._command = hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()[:16]
         self._claimed: int | None = None
+        self._noted: int | None = None
 
     def run(self) -> RunDirectory | None:
         """Claim and return the run of the training that this start continues."""
@@ -124,11 +129,15 @@ class SlurmLaunch:
                 atomic.create_bytes(self._experiment.launches_path / f"{self.key}.{number}", atomic.dump_json(entry))
             except FileExistsError:
                 continue
+            self._noted = number
             return True
         return False
 
     def give_back(self) -> None:
-        """Let another start continue what this one claimed."""
+        """Let another start continue what this one claimed, and forget the training that it noted."""
+        if self._noted is not None:
+            atomic.remove(self._experiment.launches_path / f"{self.key}.{self._noted}")
+            self._noted = None
         if self._claimed is not None:
             atomic.remove(self._claim_path(self._claimed))
             self._claimed = None
