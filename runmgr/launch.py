@@ -6,8 +6,10 @@ Without a script the demo runs: a small CNN on handwritten digits (`runmgr.examp
 
 What you leave out is filled in:
   one host      --standalone, and one process per GPU (CUDA_VISIBLE_DEVICES counts), or two on the CPU
-  Slurm         inside an allocation (sbatch, salloc, srun): its nodes, a rendezvous on the first of them,
-                and one process per GPU of a node
+  Slurm         sbatch [options] launch.sh train.py, or inside salloc: one torchrun on each node, started by srun;
+                inside a step of srun with one task a node: this node's torchrun. Rendezvous on the first node, one
+                process per GPU of a node. SIGUSR1 and SIGUSR2 (sbatch --signal=USR1@60, with or without B:) reach
+                the processes
   OMP_NUM_THREADS  cores divided by processes, unless it is set
 
   --dry-run     print the command instead of running it
@@ -25,6 +27,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from runmgr import ranks
 from runmgr.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ CPU_PROCESSES = 2
 _FLAGS = {"--standalone", "--no-python", "--run-path", "--virtual-local-rank"}
 _WHERE = {"--standalone", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--master-addr"}
 _FIRST_PORT, _PORTS = 20_000, 10_000
+# What an allocation's options say of its tasks would give srun's one task a node a part of the node only.
+_PER_TASK = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_MEM_PER_GPU")
 
 
 class Request(NamedTuple):
@@ -79,51 +84,55 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def command(request: Request, environ: Mapping[str, str] = os.environ) -> tuple[list[str], dict[str, str]]:
     """Return the command that runs the request here, and the variables to add to its environment."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run"]
-    prefix: list[str] = []
+    in_slurm = "SLURM_JOB_ID" in environ and not request.gives(*_WHERE)
+    if in_slurm and ranks.slurm_step(environ) is None:
+        return [*_srun(environ), sys.executable, "-m", "runmgr.launch", *request.options, *request.program], {}
+    torchrun = [sys.executable, "-m", "runmgr.relay" if "SLURM_JOB_ID" in environ else "torch.distributed.run"]
     options = list(request.options)
     processes = None
     if not request.gives("--nproc-per-node"):
         processes = _processes_per_node(environ)
         options = [f"--nproc-per-node={processes}", *options]
     if not request.gives(*_WHERE):
-        if "SLURM_JOB_ID" in environ:
-            prefix, where = _slurm(environ)
-            options = [*where, *options]
-        else:
-            options = ["--standalone", *options]
+        options = [*(_rendezvous(environ) if in_slurm else ["--standalone"]), *options]
     added = {}
     if "OMP_NUM_THREADS" not in environ and processes is not None:
         added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    return [*prefix, *torchrun, *options, *request.program], added
+    return [*torchrun, *options, *request.program], added
 
 
-def _slurm(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return the srun prefix and the torchrun options for the allocation that this process is in.
+def _srun(environ: Mapping[str, str]) -> list[str]:
+    """Return what starts this launcher again, once on each node of the allocation, with all of the node's resources.
 
-    As one of several tasks of a step, this process is its node's agent. In a batch script or an interactive shell
-    it starts one agent on each node through srun.
+    Also for one node: salloc's shell may be on another one, and Slurm sends `--signal` to steps only. srun hands the
+    signals that it gets itself on to the steps' tasks.
     """
-    in_step = int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES", "1"))
-    if in_step and int(environ["SLURM_STEP_NUM_TASKS"]) != nodes:
+    nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
+    unset = [f"--unset={name}" for name in _PER_TASK if name in environ]
+    return [
+        *(["env", *unset] if unset else []),
+        "srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=1",
+    ]  # fmt: skip
+
+
+def _rendezvous(environ: Mapping[str, str]) -> list[str]:
+    """Return the torchrun options for the step that this process is a task of: its node's agent."""
+    tasks, nodes = (int(environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("TASKS", "NODES"))
+    if tasks != nodes:
         raise InvalidInput(
-            f"this step has {environ['SLURM_STEP_NUM_TASKS']} tasks on {nodes} nodes, but torchrun itself starts the "
-            f"processes of a node; use srun --ntasks-per-node=1, or call launch.sh without srun"
+            f"this step has {tasks} tasks on {nodes} nodes, but torchrun itself starts the processes of a node; use "
+            f"srun --ntasks-per-node=1, or call launch.sh without srun"
         )
     if nodes == 1:
-        return [], ["--standalone"]
-    job, step = environ["SLURM_JOB_ID"], environ.get("SLURM_STEP_ID", "0") if in_step else "0"
-    first = first_host(environ["SLURM_STEP_NODELIST" if in_step else "SLURM_JOB_NODELIST"])
+        return ["--standalone"]
+    job, step = environ["SLURM_JOB_ID"], environ["SLURM_STEP_ID"]
     port = _FIRST_PORT + (int(job) * 16 + int(step)) % _PORTS
-    where = [
+    return [
         f"--nnodes={nodes}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={first}:{port}",
+        f"--rdzv-endpoint={first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
         f"--rdzv-id={job}.{step}",
     ]
-    prefix = [] if in_step else ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    return prefix, where
 
 
 def first_host(node_list: str) -> str:

@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from runmgr import ranks
 from runmgr.disk import atomic, catalog, checkpoints, drift, failures, provenance, record
 from runmgr.disk import directory as directories
+from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
-from runmgr.errors import InvalidInput, RunNotFound
+from runmgr.disk.launches import NamedLaunch, SlurmLaunch
+from runmgr.errors import InvalidInput, RunError, RunNotFound
 from runmgr.run import Writer
 from runmgr.worker import agreement as agreements
 
 if TYPE_CHECKING:
     from runmgr.disk.checkpoints import Mode
+    from runmgr.disk.launches import Launch
     from runmgr.disk.shelf import Keep, Shelf
 
 Resume = Literal["auto", "latest", "never"]
 
+_RIVAL_STARTS = 5
 _starts: dict[Experiment, int] = {}
 
 
@@ -47,26 +52,24 @@ class _Choice(NamedTuple):
     is_new: bool
     takes_over: bool = False
     without_lock: str | None = None
+    known_by: Launch | None = None  # what said that the run is this launch's
 
 
 def open_run(request: Request, places: list[dict[str, Any]], timeout_s: float) -> tuple[dict[str, Any], Writer]:
     """Create or take over the run. Rank 0 only."""
     experiment = request.experiment
     _starts[experiment] = _starts.get(experiment, 0) + 1
-    key = agreements.launch_key(timeout_s)
-    launch_path = None
-    if key is not None:
-        launch_path = experiment.launches_path / f"{directories.check_name(key, 'launch id')}.{_starts[experiment]}"
-    choice = _choose(request, launch_path)
-    try:
-        writer = _become_writer(request, choice, places, key)
-    except BaseException:
-        if choice.is_new:
-            directories.remove_unused(choice.run)
-        raise
-    if choice.is_new and launch_path is not None:
-        launch_path.parent.mkdir(exist_ok=True)
-        atomic.write_bytes(launch_path, choice.run.run_id.encode())
+    launches = _launches(experiment, _starts[experiment], timeout_s)
+    for _ in range(_RIVAL_STARTS):
+        opened = _choose_and_open(request, launches, places)
+        if opened is not None:
+            choice, writer = opened
+            break
+    else:
+        raise RunError(
+            f"{_RIVAL_STARTS} times in a row another process of the launch {_shown(launches)} made its run first, and it "
+            f"was gone again; look for processes that start at once under one RUNMGR_LAUNCH_ID"
+        )
     hosts = {place["host"]: place["rank"] for place in reversed(places)}
     answer = {
         "run_dir": str(choice.run.path),
@@ -82,22 +85,74 @@ def open_run(request: Request, places: list[dict[str, Any]], timeout_s: float) -
     return answer, writer
 
 
-def _choose(request: Request, launch_path: Path | None) -> _Choice:
+def _launches(experiment: Experiment, number: int, timeout_s: float) -> list[Launch]:
+    """Return what this launch is known by, the surest first: a name of its own, then its place in a Slurm job."""
+    launches: list[Launch] = []
+    key = agreements.launch_key(timeout_s)
+    if key is not None:
+        launches.append(NamedLaunch(experiment, key, number))
+    start = ranks.slurm_start()
+    if start is not None and ranks.launch_id() is None:
+        launches.append(SlurmLaunch(experiment, start))
+    return launches
+
+
+def _choose_and_open(
+    request: Request, launches: list[Launch], places: list[dict[str, Any]]
+) -> tuple[_Choice, Writer] | None:
+    """Decide which run this launch opens, and become its writer.
+
+    Leaves nothing behind if that fails, nor if a rival start of this launch made the launch's run meanwhile: then
+    returns None, and the next call continues that run.
+    """
+    choice = writer = None
+    try:
+        choice = _choose(request, launches)
+        writer = _become_writer(request, choice, places, launches)
+        if _remember(launches, choice):
+            return choice, writer
+    except BaseException:
+        _undo(choice, writer, launches)
+        raise
+    _undo(choice, writer, launches)
+    return None
+
+
+def _undo(choice: _Choice | None, writer: Writer | None, launches: list[Launch]) -> None:
+    if writer is not None:
+        take_back(writer)
+        return
+    if choice is not None and choice.is_new:
+        directories.remove_unused(choice.run)
+    for launch in launches:
+        launch.give_back()
+
+
+def _remember(launches: list[Launch], choice: _Choice) -> bool:
+    """Note the run for the launch's next start; False when the run is new, but a rival start made the launch's run."""
+    for launch in launches:
+        if launch is choice.known_by:
+            break
+        if not launch.remember(choice.run) and choice.is_new:
+            return False
+    return True
+
+
+def _choose(request: Request, launches: list[Launch]) -> _Choice:
     """Decide which run this launch opens."""
     experiment = request.experiment
-    own = _run_of_launch(experiment, launch_path)
+    own, known_by = _run_of_launch(launches)
     if request.run_id is not None:
         run = experiment.run(request.run_id)
         if not run.path.is_dir():
             raise catalog.run_not_found(experiment, request.run_id)
-        return _Choice(run, is_new=False, takes_over=own == run)
+        return _Choice(run, is_new=False, takes_over=own == run, known_by=known_by if own == run else None)
     if request.resume != "never" and own is not None:
-        return _Choice(own, is_new=False, takes_over=True)
+        return _Choice(own, is_new=False, takes_over=True, known_by=known_by)
     if request.resume == "latest":
         for run_id in catalog.run_ids(experiment):
             run = experiment.run(run_id)
-            live = record.status_of(run, record.read_json(run.record_path) or {}) == "running"
-            if live or (run.path / directories.LATEST_NAME).exists():
+            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run):
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind
@@ -105,29 +160,31 @@ def _choose(request: Request, launch_path: Path | None) -> _Choice:
     return _Choice(run, is_new=True, without_lock=without_lock)
 
 
-def _run_of_launch(experiment: Experiment, launch_path: Path | None) -> RunDirectory | None:
-    """Return the run that an earlier start of this launch made, if there was one."""
-    if launch_path is None:
-        return None
-    try:
-        run = experiment.run(launch_path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return run if run.path.is_dir() else None
+def _run_of_launch(launches: list[Launch]) -> tuple[RunDirectory | None, Launch | None]:
+    """Return the run that an earlier start of this launch left, and what it was known by."""
+    for launch in launches:
+        run = launch.run()
+        if run is not None:
+            return run, launch
+    return None, None
 
 
-def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], key: str | None) -> Writer:
+def _shown(launches: list[Launch]) -> str | None:
+    return ", ".join(launch.key for launch in launches) or None
+
+
+def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
     for directory in (run.private_path, run.objects_path, run.attempts_path):
         directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
-    lease = record.Lease(run)
-    lease.acquire(takes_over=choice.takes_over)
+    lease, key = leases.Lease(run), _shown(launches)
+    lease.acquire(takes_over=choice.takes_over, launch=key)
     try:
         facts = provenance.collect() | {"torch": torch.__version__}
-        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python", "torch")}
+        brief = {name: facts[name] for name in ("argv", "cwd", "user", "python", "torch")} | {"pids": _pids(places)}
         topology = {"world_size": len(places), "hosts": _by_host(places), "launch": key}
-        attempt = record.Attempt.begin(run, brief | topology | {"pids": _pids(places)})
+        attempt = record.Attempt.begin(run, brief | topology | lease.facts(), after=lease.after)
         run_record = record.RunRecord.read(run)
         if not choice.is_new:
             _look_back(request, attempt, run_record, facts | topology)
@@ -152,7 +209,7 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
     except BaseException:
         lease.release()
         raise
-    return Writer(shelf, attempt, run_record, lease, choice.is_new)
+    return Writer(shelf, attempt, run_record, lease, choice.is_new, launches)
 
 
 def _look_back(request: Request, attempt: record.Attempt, run_record: record.RunRecord, facts: dict[str, Any]) -> None:
@@ -256,6 +313,8 @@ def take_back(writer: Writer) -> None:
             directories.remove_unused(writer.shelf.run)
         else:
             writer.record.update(status="failed", ended=record.now_text())
+        for launch in writer.launches:
+            launch.give_back()
     except OSError:  # the error that brought us here is the one to tell
         pass
     finally:

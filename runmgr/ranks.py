@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import socket
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,7 @@ _PAIRS = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
 _NO_IDENTITY = ("", "none")
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # salloc's own shell, the batch script and their kin have step ids above this
 
 
 class Ranks(NamedTuple):
@@ -79,6 +81,14 @@ def agent_store_address(environ: Mapping[str, str] = os.environ) -> tuple[str, i
     return environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
 
 
+class SlurmStart(NamedTuple):
+    """A process's place in a Slurm job that may be requeued."""
+
+    job: str  # with the cluster's name where Slurm gives one; a task of an array is a job of its own
+    restart: int  # how often the job was requeued before
+    step: str  # the step that srun made, or "batch" for a process of the script (or of salloc's shell) itself
+
+
 def launch_id(environ: Mapping[str, str] = os.environ) -> str | None:
     """The name that the user gave to this launch, the same in each of its restarts, or None."""
     given = environ.get("RUNMGR_LAUNCH_ID", "")
@@ -89,6 +99,22 @@ def torchrun_error_file(local_rank: int, environ: Mapping[str, str] = os.environ
     """Where a rank of this host that is decorated with torch's `record` writes its error, or None without torchrun."""
     own = environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(own).parent.parent / str(local_rank) / Path(own).name if own else None
+
+
+def slurm_step(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the id of the step that srun made for this process; None in a batch script or in salloc's shell."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return step if step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP else None
+
+
+def slurm_start(environ: Mapping[str, str] = os.environ) -> SlurmStart | None:
+    """Return this process's place in its Slurm job, or None outside of one."""
+    job = environ.get("SLURM_JOB_ID", "")
+    if not job:
+        return None
+    cluster = environ.get("SLURM_CLUSTER_NAME", "")
+    restart = _number(environ, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environ else 0
+    return SlurmStart(f"{cluster}-{job}" if cluster else job, restart, slurm_step(environ) or "batch")
 
 
 def job_end(environ: Mapping[str, str] = os.environ) -> float | None:
@@ -106,3 +132,12 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise AgreementError(
             f"{name}={environ.get(name)!r} is not a whole number; launchers set it, so look for the script that overwrites it."
         ) from None
+
+
+def step_word(environ: Mapping[str, str] = os.environ) -> str:
+    """A word that is the same in all processes that one command started, and hardly ever in others at that time."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    if "RANK" not in environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "OMPI_MCA_orte_ess_jobid", "PMIX_NAMESPACE")
+    said = "\0".join(environ.get(name, "") for name in names)
+    return f"{zlib.crc32(said.encode()):08x}-"

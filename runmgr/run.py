@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from runmgr.disk.directory import RunDirectory
-    from runmgr.disk.record import Attempt, Lease, RunRecord
+    from runmgr.disk.launches import Launch
+    from runmgr.disk.lease import Lease
+    from runmgr.disk.record import Attempt, RunRecord
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.agreement import Agreement
     from runmgr.worker.averaging import Average
@@ -52,6 +54,7 @@ class Writer(NamedTuple):
     record: RunRecord
     lease: Lease
     is_new: bool
+    launches: list[Launch]
 
 
 class Run:

@@ -139,4 +139,5 @@ def test_every_command_and_flag_is_listed_here():
         "verify": [["run"], ["--deep"], *common],
         "pin": [["run"], ["file"], *common],
         "unpin": [["run"], ["file"], *common],
+        "doctor": [["path"], ["--json"]],
     }

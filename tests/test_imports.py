@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "ranks": {"errors"},
     "disk": {"errors", "ranks"},
     "launch": {"errors", "ranks", "disk"},
+    "relay": set(),  # torchrun itself, which launch starts
     "cli": {"errors", "ranks", "disk", "launch"},
     "worker": {"errors", "ranks", "disk"},
     "run": {"errors", "ranks", "disk", "worker"},
@@ -34,12 +35,14 @@ HEAVY = ("torch", "tensorboard", "numpy", "rich")
 # The calls that may stand in these files alone (design.md §4, "Where a line goes").
 HOMES = {
     "disk/atomic.py": {"os.replace", "os.rename", "os.fsync", "os.fdatasync", "os.link"},
+    "disk/probe_host.py": {"os.replace", "os.fsync", "os.link"},  # asks how the raw calls behave, keeps nothing
     "worker/saving.py": {"torch.save"},
     "worker/loading.py": {"torch.load"},
     "worker/agreement.py": {"dist.*", "TCPStore"},
     "worker/state.py": {"dist.*"},
     "worker/averaging.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},
+    "relay.py": {"signal.signal", "dist.*"},  # torchrun's main
     "examples": {"dist.*"},  # a user's script, which opens its own process group
 }
 GUARDED = set().union(*HOMES.values())

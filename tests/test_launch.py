@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -23,9 +25,13 @@ STEP = {
     "SLURM_STEP_NODELIST": "gpu[08-09,12]",
     "SLURM_STEP_ID": "2",
 }
-SRUN = "srun --nodes=3 --ntasks-per-node=1 --kill-on-bad-exit=1"
+SRUN = "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1"
+ONE_NODE = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+SHELL = ONE_NODE | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "gpu08"}  # salloc's, on the first node
+AGAIN = f"{sys.executable} -m runmgr.launch"
 C10D = "--nnodes=3 --rdzv-backend=c10d --rdzv-endpoint=gpu08"
 TORCHRUN = f"{sys.executable} -m torch.distributed.run"
+RELAY = f"{sys.executable} -m runmgr.relay"
 
 
 @pytest.mark.parametrize(
@@ -42,15 +48,19 @@ TORCHRUN = f"{sys.executable} -m torch.distributed.run"
          "--nproc-per-node=1 --standalone --max-restarts 3 a.py --nnodes 2"),
         ("--nnodes=2 --rdzv-endpoint=h:1 a.py", {"CUDA_VISIBLE_DEVICES": "0"},
          "--nproc-per-node=1 --nnodes=2 --rdzv-endpoint=h:1 a.py"),
-        ("a.py", SLURM, f"{SRUN} {TORCHRUN} {C10D}:21232 --rdzv-id=77.0 --nproc-per-node=4 a.py"),
-        ("a.py", SLURM | STEP, f"{C10D}:21234 --rdzv-id=77.2 --nproc-per-node=4 a.py"),
-        ("a.py", SLURM | {"SLURM_JOB_NUM_NODES": "1"}, "--standalone --nproc-per-node=4 a.py"),
-        ("--nnodes=1 a.py", SLURM, "--nproc-per-node=4 --nnodes=1 a.py"),
+        ("a.py --lr 3", SLURM, f"{SRUN} {AGAIN} a.py --lr 3"),
+        ("--max-restarts 2 -m a", SLURM, f"{SRUN} {AGAIN} --max-restarts 2 -m a"),
+        ("a.py", SLURM | {"SLURM_GPUS_PER_TASK": "1"}, f"env --unset=SLURM_GPUS_PER_TASK {SRUN} {AGAIN} a.py"),
+        ("a.py", SLURM | {"SLURM_JOB_NUM_NODES": "1"}, f"{SRUN.replace('=3', '=1')} {AGAIN} a.py"),
+        ("a.py", SLURM | SHELL, f"{SRUN} {AGAIN} a.py"),
+        ("a.py", SLURM | STEP, f"{RELAY} {C10D}:21234 --rdzv-id=77.2 --nproc-per-node=4 a.py"),
+        ("a.py", SLURM | STEP | ONE_NODE, f"{RELAY} --standalone --nproc-per-node=4 a.py"),
+        ("--nnodes=1 a.py", SLURM, f"{RELAY} --nproc-per-node=4 --nnodes=1 a.py"),
     ],
 )  # fmt: skip
 def test_the_command_fills_in_what_was_left_out(arguments, environ, expected):
     argv, _ = launch.command(launch.parse(arguments.split()), environ)
-    assert shlex.join(argv) == (expected if TORCHRUN in expected else f"{TORCHRUN} {expected}")
+    assert shlex.join(argv) == (expected if sys.executable in expected else f"{TORCHRUN} {expected}")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +101,31 @@ def test_the_script_explains_itself_and_prints_its_command():
     printed = run("bash", script, "--dry-run", "train.py", "--epochs", "3", CUDA_VISIBLE_DEVICES="")
     assert printed.returncode == 0
     assert printed.stdout.endswith("-m torch.distributed.run --standalone --nproc-per-node=2 train.py --epochs 3\n")
+
+
+def test_a_copy_of_the_script_in_slurms_spool_finds_its_home(tmp_path):
+    spool, tools, home = tmp_path / "spool/job00007", tmp_path / "bin", tmp_path / "my project/scripts"
+    for folder in (spool, tools, home):
+        folder.mkdir(parents=True)
+    for name in ("launch.sh", "setup.sh"):
+        shutil.copy(REPOSITORY / "scripts" / name, home / name)
+    script = shutil.copy(home / "launch.sh", spool / "slurm_script")
+    told = {
+        "SLURM_JOB_ID": "7",
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "VIRTUAL_ENV": sys.prefix,
+    }
+    (tools / "scontrol").write_text(
+        f'#!/bin/sh\necho "JobId=$3 JobName=x"; echo "   Command={home}/launch.sh a.py /launch.sh"\n'
+    )
+    (tools / "scontrol").chmod(0o755)
+    copied = ("env", f"--chdir={spool}", "bash", script, "--dry-run", "a.py")
+    by_slurm = run(*copied, **told)
+    assert (by_slurm.returncode, by_slurm.stdout[-5:]) == (0, "a.py\n"), by_slurm.stderr
+    (tools / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    by_folder = run(*copied, SLURM_SUBMIT_DIR=str(home.parent), **told)
+    assert by_folder.stdout == by_slurm.stdout
 
 
 def test_the_script_hands_on_arguments_with_spaces_and_the_exit_status(tmp_path):

@@ -53,3 +53,24 @@ def test_the_agents_store_is_used_only_under_torchrun():
 def test_a_launch_is_named_by_the_user_or_not_at_all(given, expected):
     assert ranks.launch_id({"RUNMGR_LAUNCH_ID": given}) == expected
     assert ranks.launch_id({"TORCHELASTIC_RUN_ID": "always-the-same"}) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": ""}, None),
+        ({"SLURM_JOB_ID": "7"}, ("7", 0, "batch")),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SLURM_CLUSTER_NAME": "c"}, ("c-7", 2, "batch")),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}, ("7", 0, "3")),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967290"}, ("7", 0, "batch")),
+    ],
+    ids=["no job", "empty", "script", "requeued", "step of srun", "shell of salloc"],
+)
+def test_a_place_in_a_slurm_job(environ, expected):
+    assert ranks.slurm_start(environ) == expected
+
+
+def test_a_count_of_requeues_that_is_no_number_is_an_error():
+    with pytest.raises(AgreementError, match="SLURM_RESTART_COUNT='x'"):
+        ranks.slurm_start({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "x"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.tensorboard
+from logged_digits import log_every_step
 from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
 from runmgr.examples import digits
 
+KILLS = int(os.environ.get("RUNMGR_KILLS", "2"))  # of ranks under one torchrun; 20 in CI
 EPOCHS = {2: 10, 4: 5}
 STEPS_AN_EPOCH = {2: 19, 4: 10}
 SAVES_BEFORE_KILLS = {2: (1, 2, 1, 2, 1, 2), 4: (1, 2, 1)}
@@ -30,7 +33,7 @@ def _train(rank, root, epochs, seed, warm_up):
     os.environ["RUNMGR_CKPT_ROOT_DIR"] = str(root)
     random.seed(seed)  # what a process finds there is not part of the run
     torch.manual_seed(seed)
-    _log_every_step()
+    log_every_step()
     if warm_up is not None:
         plain = digits.DistributedDataParallel
 
@@ -41,27 +44,6 @@ def _train(rank, root, epochs, seed, warm_up):
 
         digits.DistributedDataParallel = warmed
     digits.main()
-
-
-def _log_every_step():
-    """Write an event a step, flushed at once, so that a kill leaves some that the next start must hide."""
-    step = 0
-    restore, should_stop = runmgr.Run.restore, runmgr.Run.should_stop
-
-    def restore_and_note(run, state):
-        nonlocal step
-        progress = restore(run, state)
-        step = progress.step
-        return progress
-
-    def log_and_ask(run):
-        nonlocal step
-        step += 1
-        run.log_scalars({"step": step}, step=step)
-        run.tensorboard.flush()
-        return should_stop(run)
-
-    runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, log_and_ask
 
 
 def _launch(root, folder, ranks, warm_up=None, kill_after_saves=None) -> bool:
@@ -175,3 +157,56 @@ def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_p
     subprocess.run(command, env=environ, stderr=subprocess.DEVNULL, check=True)
     (info,) = runmgr.list_runs("digits", tmp_path)
     assert (info.status, info.attempt, info.latest["epoch"]) == ("completed", 2, 8)
+
+
+@pytest.mark.timeout(60 + 30 * KILLS)
+def test_one_torchrun_whose_ranks_are_killed_again_and_again_ends_bit_identical(tmp_path):
+    epochs = 5 * KILLS + 5
+    dice = random.Random(KILLS)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={KILLS}",
+        "--monitor-interval=0.1", Path(__file__).with_name("logged_digits.py"), f"--epochs={epochs}",
+    ]  # fmt: skip
+    roots = tmp_path / "straight", tmp_path / "killed"
+    straight, killed = (clean_environment(RUNMGR_CKPT_ROOT_DIR=str(root)) for root in roots)
+    subprocess.run(command, env=straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    victims = []
+    with subprocess.Popen(command, env=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launch:
+        try:
+            for number in range(KILLS):
+                ranks = _ranks_once_they_saved(launch, roots[1], number)
+                time.sleep(dice.uniform(0, 0.25))
+                victims.append(dice.choice((0, 1)) if number else 0)
+                kill([ranks[victims[-1]]])
+            assert launch.wait(60 + KILLS) == 0
+        finally:
+            kill([*descendants(launch.pid), launch.pid])
+    assert len(victims) == KILLS
+    assert KILLS < 5 or set(victims) == {0, 1}
+    (info,) = runmgr.list_runs("digits", roots[1])
+    assert (info.status, info.attempt, info.latest["epoch"]) == ("completed", KILLS + 1, epochs)
+    _assert_same_training(*map(_final, roots))
+    names = [sorted(path.name for path in _final(root)[0].glob("*.pth")) for root in roots]
+    assert names[0] == names[1]
+    for path in info.path.rglob("*.pth"):
+        torch.load(path, weights_only=True)
+    events = EventAccumulator(str(info.path)).Reload()
+    assert [event.step for event in events.Scalars("step")] == list(range(1, epochs * STEPS_AN_EPOCH[2] + 1))
+    assert len(events.Scalars("val/accuracy")) == epochs
+
+
+def _ranks_once_they_saved(launch, root, restarts):
+    """Return the processes of the ranks after so many restarts, by rank, once their attempt has saved."""
+    deadline = time.monotonic() + 60
+    while not any(_has_saved(path) for path in root.glob(f"digits/RUN_*/.runmgr/attempts/{restarts + 1:04d}.json")):
+        assert launch.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    environs = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in descendants(launch.pid)}
+    ranks = {rank: pid for pid, names in environs.items() for rank in (0, 1) if f"RANK={rank}".encode() in names}
+    assert len(ranks) == 2
+    return ranks
+
+
+def _has_saved(path):
+    return bool(json.loads(path.read_bytes())["checkpoints"])

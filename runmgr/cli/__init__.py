@@ -1,4 +1,4 @@
-"""The command line: `runmgr ls | show | path | latest | verify | pin | unpin`. Never imports torch."""
+"""The command line: `runmgr ls | show | path | latest | verify | pin | unpin | doctor`. Never imports torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and flags."""
     import argparse
 
-    from runmgr.cli import care, look
+    from runmgr.cli import care, doctor, look
 
     parser = argparse.ArgumentParser(
         prog="runmgr", description="Look at and care for the runs of your trainings.", allow_abbrev=False
@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     look.add_commands(commands)
     care.add_commands(commands)
+    doctor.add_commands(commands)
     return parser
 
 

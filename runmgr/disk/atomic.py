@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TEMPORARY = ".tmp-"
 LOCK_TIMEOUT_S = 10.0
+_STALE_S = 3.0
 _PATIENCE = 8
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, 524}
@@ -86,6 +87,18 @@ def new_file(path: Path, *, mode: int = 0o666) -> Iterator[int]:
             remove(temporary)
             raise
     sync_directory(path.parent)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file that may be replaced meanwhile, also where that says ESTALE (GlusterFS, NFS)."""
+    deadline = time.monotonic() + _STALE_S
+    while True:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE or time.monotonic() > deadline:
+                raise
+        time.sleep(_LONGEST_PAUSE_S)  # until this host has forgotten what lay there before
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -32,6 +32,9 @@ _NAME_LIMIT_BYTES = 200
 _ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
 _PROJECT_MARKS = (".git", "pyproject.toml", "requirements.txt", ".env", "venv", "setup.py")
 _CLAIM_ATTEMPTS = 10_000
+_SKELETON_ATTEMPTS = 20
+
+_made_here: set[Path] = set()  # directories above the runs that this process made
 
 
 def check_name(name: object, kind: str) -> str:
@@ -112,7 +115,7 @@ class Experiment(NamedTuple):
 
     @property
     def launches_path(self) -> Path:
-        """Which run a launch made: files `<key>.<n>` that hold a run id."""
+        """Which run a launch made: the files of `disk/launches.py`."""
         return self.path / ".runmgr" / "launches"
 
     def run(self, run_id: str) -> RunDirectory:
@@ -230,7 +233,16 @@ def create_run(experiment: Experiment, token: str) -> tuple[RunDirectory, str | 
     clocks say. Rivals never share a directory: `os.mkdir` is the claim, the lock only keeps order. Nothing is synced
     here: there is nothing to lose yet, and `RunDirectory.sync` comes before the first save.
     """
-    experiment.last_run_id_path.mkdir(parents=True, exist_ok=True)
+    for _ in range(_SKELETON_ATTEMPTS - 1):
+        with contextlib.suppress(FileNotFoundError):  # a rival that gave up took the new experiment away again
+            return _create_run(experiment, token)
+    return _create_run(experiment, token)
+
+
+def _create_run(experiment: Experiment, token: str) -> tuple[RunDirectory, str | None]:
+    made: list[Path] = []
+    make_directories(experiment.last_run_id_path, made)
+    _made_here.update(made)
     with atomic.locked(experiment.lock_path) as without_lock:
         run = _claim(experiment)
         try:
@@ -315,17 +327,23 @@ def confirm_shared(run: RunDirectory, token: str, *, host: str, timeout_s: float
     """Check from this host that `run` is the very directory that rank 0 made, else raise NotShared.
 
     `mkdir` asks the file server, which a stat may not: EEXIST means that the directory is there, and its token tells
-    whose it is; success means that this host has a disk of its own, and the directory is removed again.
+    whose it is; success, for it or for one above it, means that this host has a disk of its own, and what was made is
+    removed again. The ones above are asked too: a client that looked for them before they were there may believe for
+    seconds that they are still missing, and asking ends that.
     """
+    made: list[Path] = []
     try:
-        os.mkdir(run.path)  # the question itself
-    except (FileExistsError, PermissionError):
+        make_directories(run.path, made)  # the question itself
+    except PermissionError:  # the token decides
         pass
-    except FileNotFoundError:
-        raise _not_shared(run, host, "its parent directory does not exist there") from None
-    else:
-        run.path.rmdir()
-        raise _not_shared(run, host, "the directory was missing there")
+    except OSError as error:
+        raise _not_shared(run, host, f"{error.filename}: {error.strerror}") from None
+    finally:
+        for directory in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else's file in it: then it is in use there
+                directory.rmdir()
+    if made:
+        raise _not_shared(run, host, f"{made[0]} was missing there")
     deadline = time.monotonic() + timeout_s
     pause_s = 0.001
     while True:
@@ -349,9 +367,53 @@ def _not_shared(run: RunDirectory, host: str, found: str) -> NotShared:
     )
 
 
+def make_directories(path: Path, made: list[Path]) -> None:
+    """Make `path` and what is missing above it, asking the file server about each; adds those it made to `made`."""
+    try:
+        _make_directory(path, made)
+    except FileNotFoundError:
+        if path == path.parent:
+            raise
+        make_directories(path.parent, made)
+        _make_directory(path, made)
+
+
+def _make_directory(path: Path, made: list[Path]) -> None:
+    try:
+        os.mkdir(path)
+    except (FileExistsError, PermissionError) as error:  # sshfs says EPERM to the loser of a race
+        if not path.is_dir() and (isinstance(error, PermissionError) or path.exists()):
+            raise
+    else:
+        made.append(path)
+
+
 def remove_unused(run: RunDirectory) -> None:
-    """Take back a run that was created a moment ago and in which nothing has been saved."""
+    """Take back a run that was created a moment ago and in which nothing has been saved.
+
+    With it goes the experiment, and the root, if this process made them and nobody else has put anything there.
+    """
     import shutil
 
+    experiment = Experiment(run.path.parent.parent, run.path.parent.name)
     with contextlib.suppress(OSError):  # what cannot be removed is an empty run, and stays one
         shutil.rmtree(run.path)
+        if experiment.path in _made_here and not any(map(is_run_id, os.listdir(experiment.path))):
+            _remove_skeleton(experiment, run.run_id)
+
+
+def _remove_skeleton(experiment: Experiment, run_id: str) -> None:
+    """Remove an experiment without runs, up to the first directory in which something is left.
+
+    A rival on its way into it either has its mark there, which stops this, or finds the marks gone and begins again.
+    """
+    atomic.remove(experiment.last_run_id_path / run_id)
+    experiment.last_run_id_path.rmdir()
+    with contextlib.suppress(FileNotFoundError):
+        experiment.launches_path.rmdir()
+    atomic.remove(experiment.lock_path)
+    for directory in (experiment.lock_path.parent, *experiment.lock_path.parent.parents):
+        if directory not in _made_here:
+            break
+        directory.rmdir()
+        _made_here.discard(directory)

@@ -1,4 +1,4 @@
-"""run.json, the attempts' records, the lease, and the status they add up to."""
+"""run.json, the attempts' records, and the status that they and the lease add up to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from runmgr.disk import atomic
-from runmgr.errors import RunBusy, RunError, Superseded
+from runmgr.errors import RunBusy, Superseded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from runmgr.disk.directory import RunDirectory
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 STATUSES = ("running", "completed", "failed", "interrupted", "preempted")
 LEASE_S = 30.0
-_HEARTBEAT_S = 5.0
 _LOST_AFTER_S = 2 * LEASE_S
+_MOST_TRIES = 10
 
 
 def this_host() -> str:
@@ -42,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises OSError when it could not be read: what decides or writes must not take that for an empty one.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(atomic.read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -82,14 +81,17 @@ class Attempt:
         self.content = content
 
     @classmethod
-    def begin(cls, run: RunDirectory, facts: dict[str, Any]) -> Attempt:
+    def begin(cls, run: RunDirectory, facts: dict[str, Any], *, after: int | None = None) -> Attempt:
         """Take the next number by exclusive create; from then on every earlier attempt is superseded.
+
+        Raises RunBusy if another process began an attempt since `after` was the newest: of several that judged the run
+        free at the same moment, whatever their leases say, one goes on.
 
         `accepts` and `clock_offset_s` (how far the file server's clock is ahead of this host's) in the record are
         filled in next. `accepts` says up to which sequence number each earlier attempt is believed:
         what a late one adds after that is read by nobody.
         """
-        number = max(attempt_numbers(run), default=0) + 1
+        number = (max(attempt_numbers(run), default=0) if after is None else after) + 1
         content = {
             "format": FORMAT,
             "attempt": number,
@@ -99,22 +101,29 @@ class Attempt:
             "error": None,
             "host": this_host(),
             "pid": os.getpid(),
+            "pid_namespace": _pid_namespace(),
             "accepts": None,
             **facts,
             "checkpoints": [],
         }
-        try:
-            atomic.create_bytes(run.attempt_path(number), atomic.dump_json(content))
-        except FileExistsError:
-            raise RunError(
-                f"another process took attempt {number} of {run.path} at the same moment; start again"
-            ) from None
-        content["clock_offset_s"] = atomic.clock_offset_s(run.attempts_path)
-        return cls(run, number, content)
+        for _ in range(_MOST_TRIES):
+            try:
+                atomic.create_bytes(run.attempt_path(number), atomic.dump_json(content))
+            except FileExistsError:
+                if max(attempt_numbers(run), default=0) >= number:
+                    break  # else GlusterFS refused all rivals, as it seldom does
+            else:
+                content["clock_offset_s"] = atomic.clock_offset_s(run.attempts_path)
+                return cls(run, number, content)
+        raise busy(run, holder_of(run), 0.0) from None
 
     def write(self) -> None:
         """Replace the record on disk by the one in memory, durably."""
-        atomic.write_json(self.run.attempt_path(self.number), self.content)
+        try:
+            atomic.write_json(self.run.attempt_path(self.number), self.content)
+        except FileNotFoundError:  # a newer attempt swept the temporary away
+            self.check_newest()
+            raise
 
     def check_newest(self) -> None:
         """Raise Superseded when a newer attempt owns the run."""
@@ -171,64 +180,15 @@ def text_of(error: BaseException) -> str:
         return f"<{type(error).__name__} that cannot be shown>"
 
 
-class Lease:
-    """The mark of the run's live writer: refreshed every 5 s, expired after 30 s, across hosts."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        import filelock
-
-        self.run = run
-        self._lease = filelock.SoftFileLease(
-            run.lease_path, lease_duration=LEASE_S, heartbeat_interval=_HEARTBEAT_S, thread_local=False
-        )
-
-    def acquire(self, *, takes_over: bool) -> None:
-        """Become the live writer, or raise RunBusy as soon as the present one shows that it is alive.
-
-        A holder that is provably dead on this host is replaced at once, and so is any with `takes_over` (a restart of
-        the same launch). Anybody else's mark counts until it was unchanged for a whole lease of our own clock.
-        """
-        import filelock
-
-        if takes_over:
-            atomic.remove(self.run.lease_path)
-        shows_life = _watch(self.run)
-        try:
-            self._lease.acquire(timeout=LEASE_S + 2 * _HEARTBEAT_S, poll_interval=0.05, cancel_check=shows_life)
-        except filelock.Timeout:
-            holder, age_s = holder_of(self.run), lease_age_s(self.run) or 0.0
-            raise RunBusy(
-                f"run {self.run.run_id} is being trained by {holder}, seen alive {age_s:.0f} s ago. Wait for it to "
-                f"end, stop it, or branch off with fork_from={self.run.run_id!r} (a new run from its checkpoint).",
-                run_id=self.run.run_id,
-                holder=holder,
-                age_s=age_s,
-            ) from None
-
-    def release(self) -> None:
-        """Give the run free; harmless when it was lost meanwhile."""
-        self._lease.release()
-
-
-def _watch(run: RunDirectory) -> Callable[[], bool]:
-    """Return a question: has the mark been refreshed since? Asking removes the mark of a dead one."""
-
-    def stamp() -> int | None:
-        try:
-            return run.lease_path.stat().st_mtime_ns
-        except OSError:
-            return None
-
-    def shows_life() -> bool:
-        if stamp() not in {first, None}:
-            return True
-        is_dead_here = holder.get("host") == this_host() and not _is_alive(holder.get("pid"))  # or a zombie
-        if is_dead_here or time.monotonic() - start > LEASE_S:  # filelock keeps a mark that a power cut left empty
-            atomic.remove(run.lease_path)
-        return False
-
-    first, holder, start = stamp(), newest_record(run), time.monotonic()
-    return shows_life
+def busy(run: RunDirectory, holder: str, age_s: float) -> RunBusy:
+    """Return the error for a run that somebody else trains in."""
+    return RunBusy(
+        f"run {run.run_id} is being trained by {holder}, seen alive {age_s:.0f} s ago. Wait for it to "
+        f"end, stop it, or branch off with fork_from={run.run_id!r} (a new run from its checkpoint).",
+        run_id=run.run_id,
+        holder=holder,
+        age_s=age_s,
+    )
 
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:
@@ -261,10 +221,21 @@ def status_of(run: RunDirectory, record: dict[str, Any]) -> str:
     age_s = lease_age_s(run)
     if age_s is None or age_s > _LOST_AFTER_S:
         return "lost"
-    newest = newest_record(run)
-    if newest.get("host") == this_host() and not _is_alive(newest.get("pid")):
-        return "lost"
-    return "running"
+    return "lost" if is_dead_here(newest_record(run)) else "running"
+
+
+def is_dead_here(attempt: dict[str, Any]) -> bool:
+    """Whether the process that began an attempt is gone for certain: it ran on this host, in our process namespace."""
+    is_here = attempt.get("host") == this_host() and attempt.get("pid_namespace") == _pid_namespace()
+    return is_here and not _is_alive(attempt.get("pid"))
+
+
+def _pid_namespace() -> int | None:
+    """Return what tells apart the containers of a host that share its name; process numbers mean nothing across them."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
 
 
 def _is_alive(pid: object) -> bool:

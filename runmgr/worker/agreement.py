@@ -42,6 +42,9 @@ _BEAT_S = 5.0
 _GRACE_S = 2 * _BEAT_S
 _SILENCE_S = 60.0
 _LONGEST_PAUSE_S = 0.05
+_CONNECT_S = 10.0
+_ANSWER_S = 20e-6  # what one question costs a store
+_EACH_S = 0.0005
 _LINGER_S = 3.0
 _LAUNCH_KEY = "runmgr/launch"
 
@@ -77,7 +80,7 @@ def forget(agreement: Agreement) -> None:
 def _connect(timeout_s: float) -> Agreement:
     ranks = current_ranks()
     if ranks.world_size == 1:
-        return Agreement(ranks, None, "", timeout_s)
+        return Agreement(ranks, None, timeout_s)
     store = _group_store() or _agent_store(timeout_s)
     if store is None:
         raise AgreementError(
@@ -86,8 +89,7 @@ def _connect(timeout_s: float) -> Agreement:
             f"the script with torchrun; if this process is alone, unset the variables."
         )
     with _store_errors(ranks):
-        session = _join(store, ranks, timeout_s)
-    return Agreement(ranks, store, session, timeout_s)
+        return Agreement(ranks, store, timeout_s)
 
 
 def launch_key(timeout_s: float) -> str | None:
@@ -119,7 +121,7 @@ def _agent_store(timeout_s: float) -> Store | None:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = address
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, _CONNECT_S)))
 
 
 _shared: Agreement | None = None
@@ -128,11 +130,16 @@ _shared: Agreement | None = None
 class Agreement:
     """The ranks of one launch, able to come to one answer. Its calls are collective: every rank, in the same order."""
 
-    def __init__(self, ranks: Ranks, store: Store | None, session: str, timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, store: Store | None, timeout_s: float) -> None:
         self.ranks = ranks
         self.timeout_s = timeout_s
         self._store = store
-        self._session = session
+        self._session = f"runmgr/{secrets.token_hex(8)}"
+        self._welcome: _Welcome | None = None
+        if store is not None and ranks.is_main:
+            self._welcome = _Welcome(store, self._session, ranks.world_size)
+        elif store is not None:
+            self._session = _join(store, ranks, timeout_s)
         self._count = 0
         self._lingered = 0
 
@@ -227,7 +234,8 @@ class Agreement:
         """Return what the other ranks put down, in rank order, once all have."""
         assert self._store is not None
         keys = [self._key(f"in/{rank}") for rank in range(1, self.ranks.world_size)]
-        if not _wait(self._store, keys, self.timeout_s):
+        welcome = self._welcome.answer if self._welcome is not None and self._count == 1 else lambda: None
+        if not _wait(self._store, keys, self.timeout_s, self.ranks.world_size, welcome):
             missing = [rank for rank, key in enumerate(keys, 1) if not self._store.check([key])]
             raise _missing(missing, what, self.timeout_s)
         return [json.loads(value) for value in _get_all(self._store, keys)]
@@ -238,14 +246,14 @@ class Agreement:
         if self._count > 1:
             self._store.delete_key(self._key(f"in/{self.ranks.rank}", self._count - 1))
         out = self._key("out")
-        arrived = _wait(self._store, [out], self.timeout_s + _GRACE_S)
+        arrived = _wait(self._store, [out], self.timeout_s + _GRACE_S, self.ranks.world_size)
         beat = None
         while not arrived:  # rank 0 may be at work on it for longer than others may take to come
             latest = self._store.get(self._key("beat")) if self._store.check([self._key("beat")]) else None
             if latest == beat:
                 raise _missing([0], what, self.timeout_s)
             beat = latest
-            arrived = _wait(self._store, [out], _SILENCE_S)
+            arrived = _wait(self._store, [out], _SILENCE_S, self.ranks.world_size)
         answer = json.loads(self._store.get(out))
         self._store.set(f"{self._session}/read/{self.ranks.rank}", str(self._count))
         if error := _failure_in(answer):
@@ -279,40 +287,41 @@ class Agreement:
             thread.join()
 
 
-def _join(store: Store, ranks: Ranks, timeout_s: float) -> str:
-    """Agree on a fresh session name; what an earlier attempt left in the store is never believed.
+class _Welcome:
+    """Rank 0's part of a session's beginning: what an earlier attempt left in the store is never believed.
 
-    Each rank says hello with a new nonce and waits for an answer under that nonce, then acknowledges. Rank 0 may
-    first see a dead rank's old hello; it answers that too, gets no acknowledgement, and looks again.
+    Each rank says hello with a new nonce, believes only an answer under that nonce, and comes to the first exchange of
+    the session that the answer names. Rank 0 answers each hello anew whenever it has changed: what it saw first may be
+    a dead rank's.
     """
-    deadline = time.monotonic() + timeout_s
-    if ranks.rank != 0:
-        own = secrets.token_hex(8)
-        store.set(f"runmgr/hello/{ranks.rank}", own)
-        if not _wait(store, [f"runmgr/answer/{own}"], timeout_s + _GRACE_S):
-            raise _missing([0], "start a run", timeout_s)
-        session = str(store.get(f"runmgr/answer/{own}").decode())
-        store.set(f"{session}/here/{ranks.rank}", own)
-        return session
-    session = f"runmgr/{secrets.token_hex(8)}"
-    answered: dict[int, bytes] = {}
-    waiting = set(range(1, ranks.world_size))
-    patience_s = 0.0
-    while waiting:
-        said = [rank for rank in waiting if store.check([f"runmgr/hello/{rank}"])]
-        for rank, nonce in zip(said, _get_all(store, [f"runmgr/hello/{rank}" for rank in said]), strict=True):
-            if answered.get(rank) != nonce:
-                answered[rank] = nonce
-                store.set(f"runmgr/answer/{nonce.decode()}", session)
-        patience_s = min(2 * patience_s + 0.001, _LONGEST_PAUSE_S)
-        _wait(store, [f"{session}/here/{rank}" for rank in waiting], patience_s)
-        waiting = {rank for rank in waiting if not store.check([f"{session}/here/{rank}"])}
-        if waiting and time.monotonic() > deadline:
-            failure = _missing(sorted(waiting), "start a run", timeout_s)
-            store.set(f"{session}/1/out", json.dumps(_packed(None, failure)))  # for those who came and ask on
-            _linger(store, session, 1, set(range(1, ranks.world_size)) - waiting)
-            raise failure
-    return session
+
+    def __init__(self, store: Store, session: str, world_size: int) -> None:
+        self._store = store
+        self._session = session
+        self._hellos = [f"runmgr/hello/{rank}" for rank in range(1, world_size)]
+        self._answered: set[bytes] = set()
+        self._asked_each = time.monotonic()
+
+    def answer(self) -> None:
+        """Answer those who are there: by one question once all are, else each by itself, which takes longer."""
+        said = self._hellos
+        if not self._store.check(said):
+            if time.monotonic() - self._asked_each < _EACH_S * len(said):
+                return
+            said = [key for key in said if self._store.check([key])]
+            self._asked_each = time.monotonic()
+        nonces = [nonce for nonce in _get_all(self._store, said) if nonce not in self._answered]
+        self._answered.update(nonces)
+        _set_all(self._store, [f"runmgr/answer/{nonce.decode()}" for nonce in nonces], self._session)
+
+
+def _join(store: Store, ranks: Ranks, timeout_s: float) -> str:
+    """Say hello and return the session that rank 0 answers with."""
+    own = secrets.token_hex(8)
+    store.set(f"runmgr/hello/{ranks.rank}", own)
+    if not _wait(store, [f"runmgr/answer/{own}"], timeout_s + _GRACE_S, ranks.world_size):
+        raise _missing([0], "start a run", timeout_s)
+    return str(store.get(f"runmgr/answer/{own}").decode())
 
 
 def _linger(store: Store, session: str, count: int, ranks: Iterable[int]) -> None:
@@ -326,15 +335,30 @@ def _linger(store: Store, session: str, count: int, ranks: Iterable[int]) -> Non
             time.sleep(0.002)
 
 
-def _wait(store: Store, keys: list[str], timeout_s: float) -> bool:
-    """Wait until all keys are there. Asks again and again: `Store.wait` would block the store for other threads."""
+def _wait(
+    store: Store, keys: list[str], timeout_s: float, askers: int, meanwhile: Callable[[], None] = lambda: None
+) -> bool:
+    """Wait until all keys are there. Asks again and again: `Store.wait` would block the store for other threads.
+
+    The more askers there are, the more seldom each asks, since the store answers one after the other.
+    """
     start = time.monotonic()
+    meanwhile()
     while not store.check(keys):
         waited_s = time.monotonic() - start
         if waited_s >= timeout_s:
             return False
-        time.sleep(min(max(waited_s / 8, 0.0001), _LONGEST_PAUSE_S))
+        time.sleep(min(max(waited_s / 8, askers * _ANSWER_S), _LONGEST_PAUSE_S))
+        meanwhile()
     return True
+
+
+def _set_all(store: Store, keys: list[str], value: str) -> None:
+    if keys and store.has_extended_api():  # type: ignore[attr-defined]
+        store.multi_set(keys, [value] * len(keys))  # type: ignore[attr-defined]
+        return
+    for key in keys:
+        store.set(key, value)
 
 
 def _get_all(store: Store, keys: list[str]) -> list[bytes]:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 from processes import REPOSITORY, clean_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _NETWORK = "10.77.0"
 SHARED = Path("/mnt/shared")  # on the clients
 _PATIENCE_S = 30.0
+_OWN_GLUSTER_FOLDERS = "for d in /var/log/glusterfs /run/gluster; do mkdir -p $d; mount -t tmpfs tmpfs $d; done;"
 
 
 class Hosts:
@@ -42,6 +43,7 @@ class Hosts:
         _run("mount", "--make-private", self._state)
         names = "".join(f"{_NETWORK}.{number} host{number}\n" for number in range(1, self.count + 1))
         (self._state / "hosts").write_text("127.0.0.1 localhost\n" + names)
+        (self._state / "resolv.conf").touch()  # no name server: what is not in the hosts file fails at once
         _run("ip", "netns", "add", switch)
         _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge", "forward_delay", "0", "stp_state", "0")
         _run("ip", "-n", switch, "link", "set", "br0", "up")
@@ -80,25 +82,36 @@ class Hosts:
         """Run a shell script in a host; the first command that fails ends it."""
         return self.run(number, "sh", "-ec", script)
 
+    def address(self, number: int) -> str:
+        """Return a host's address; its name, host<number>, works only inside."""
+        return f"{_NETWORK}.{number}"
+
+    def cable(self, number: int) -> tuple[str, str, str, str]:
+        """Return the namespaces that a host's cable joins, its port at the switch and its address."""
+        return self._namespace(number), self._namespace("sw"), f"p{number}", self.address(number)
+
     def traffic_bytes(self, number: int) -> tuple[int, int]:
         """Return what the host's network card has received and sent so far."""
         (link,) = json.loads(self.run(number, "ip", "-json", "-statistics", "link", "show", "eth0"))
         return link["stats64"]["rx"]["bytes"], link["stats64"]["tx"]["bytes"]
 
+    def start(self, number: int, *argv: str | Path, **environ: str) -> subprocess.Popen[str]:
+        """Start a command in a host; its output is one text."""
+        return subprocess.Popen(
+            self.command(number, *argv), env=clean_environment(**environ), text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
     def torchrun(
         self, numbers: list[int], ranks: int, *script: str | Path, port: int = 29400, **environ: str
     ) -> list[str]:
         """Run one `torchrun` on each host, joined by a c10d rendezvous on the first; returns what each printed."""
-        environment = clean_environment(GLOO_SOCKET_IFNAME="eth0", **environ)
         options = ("--nnodes", str(len(numbers)), "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d")
         meeting = ("--rdzv-endpoint", f"host{numbers[0]}:{port}", "--rdzv-id", "hosts")
         agents = [
-            subprocess.Popen(
-                self.command(
-                    number, sys.executable, "-m", "torch.distributed.run", *options, *meeting,
-                    "--local-addr", f"{_NETWORK}.{number}", *script,
-                ),
-                env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            self.start(
+                number, sys.executable, "-m", "torch.distributed.run", *options, *meeting,
+                "--local-addr", f"{_NETWORK}.{number}", *script, GLOO_SOCKET_IFNAME="eth0", **environ,
             )
             for number in numbers
         ]  # fmt: skip
@@ -109,24 +122,24 @@ class Hosts:
 
     def share_by_gluster(self, clients: list[int], server: int) -> None:
         """Let `server` export a GlusterFS volume and every client mount it at `SHARED` by a FUSE client of its own."""
-        own = "for d in /var/log/glusterfs /run/gluster; do mkdir -p $d; mount -t tmpfs tmpfs $d; done;"
         self.shell(
             server,
-            f"{own} mkdir -p /var/lib/glusterd /mnt/brick; mount -t tmpfs tmpfs /var/lib/glusterd; "
+            f"{_OWN_GLUSTER_FOLDERS} mkdir -p /var/lib/glusterd /mnt/brick; mount -t tmpfs tmpfs /var/lib/glusterd; "
             "mount -t tmpfs -o size=2g tmpfs /mnt/brick; mkdir /mnt/brick/b; "
             "glusterd --pid-file=/run/gluster/glusterd.pid --log-file=/var/log/glusterfs/glusterd.log",
         )
-        _until(lambda: self.run(server, "gluster", "--mode=script", "pool", "list"))
+        until(lambda: self.run(server, "gluster", "--mode=script", "pool", "list"))
         volume = ("gluster", "--mode=script", "volume")
         self.run(server, *volume, "create", "gv", "transport", "tcp", f"{_NETWORK}.{server}:/mnt/brick/b", "force")
         self.run(server, *volume, "start", "gv")
         for client in clients:
-            _until(lambda host=client: self._mount_gluster(host, server, own))
+            until(lambda host=client: self.mount_gluster(host, server))
 
-    def _mount_gluster(self, client: int, server: int, own: str) -> None:
+    def mount_gluster(self, client: int, server: int, at: Path = SHARED, options: str = "") -> None:
+        """Mount the volume once more, by a FUSE client with caches of its own."""
         self.shell(
-            client, f"mountpoint -q /run/gluster || {{ {own} }}; mkdir -p {SHARED}; "
-            f"mount -t glusterfs {_NETWORK}.{server}:/gv {SHARED}",
+            client, f"mountpoint -q /run/gluster || {{ {_OWN_GLUSTER_FOLDERS} }}; mkdir -p {at}; "
+            f"mount -t glusterfs {f'-o {options}' if options else ''} {self.address(server)}:/gv {at}",
         )  # fmt: skip
 
     def _namespace(self, name: int | str) -> str:
@@ -147,6 +160,7 @@ class Hosts:
             "nsenter", f"--net=/run/netns/{name}", "unshare", f"--mount={self._state}/mnt.{number}",
             f"--uts={self._state}/uts.{number}", "--propagation", "private", "sh", "-ec",
             f"hostname host{number}; mount -t tmpfs tmpfs /mnt; mount --bind {self._state}/hosts /etc/hosts; "
+            f"mount --bind {self._state}/resolv.conf /etc/resolv.conf; "
             "mount -t tmpfs -o mode=755 tmpfs /run; mkdir /run/lock",
         )  # fmt: skip
 
@@ -169,7 +183,7 @@ def _run(*argv: str | Path) -> str:
     return done.stdout
 
 
-def _until(action) -> None:
+def until(action: Callable[[], object]) -> None:
     """Repeat until it succeeds: a server takes its time to come up."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:

@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _NUMBERS = {
-    "x86_64": {"flock": 73, "link": 86, "linkat": 265, "copy_file_range": 326},
-    "aarch64": {"flock": 32, "link": None, "linkat": 37, "copy_file_range": 285},
-}
+    "x86_64": {
+        "flock": 73, "fsync": 74, "rename": 82, "mkdir": 83, "link": 86, "unlink": 87, "mkdirat": 258, "unlinkat": 263,
+        "renameat": 264, "linkat": 265, "utimensat": 280, "renameat2": 316, "copy_file_range": 326,
+    },
+    "aarch64": {
+        "flock": 32, "fsync": 82, "rename": None, "mkdir": None, "link": None, "unlink": None, "mkdirat": 34,
+        "unlinkat": 35, "renameat": 38, "linkat": 37, "utimensat": 88, "renameat2": 276, "copy_file_range": 285,
+    },
+}  # fmt: skip
 _LIMIT_S = 60.0
 
 

@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
+from disk.holders import hold
 from disk.shelves import names_of, open_shelf, save
 
 from runmgr.disk import atomic, checkpoints, record
 from runmgr.disk.checkpoints import is_better
 from runmgr.disk.shelf import Keep
-from runmgr.errors import CheckpointCorrupt, InvalidInput, RunBusy, Superseded
+from runmgr.errors import CheckpointCorrupt, InvalidInput, Superseded
 
 
 @pytest.mark.parametrize(
@@ -223,53 +224,11 @@ def test_rivals_for_an_attempt_get_different_numbers(run):
     assert numbers == record.attempt_numbers(run) == [1, 2, 3]
 
 
-def _hold(run):
-    """Be the live writer in a process of its own; returns its pid once the lease is there."""
-    pid = os.fork()
-    if not pid:
-        try:
-            lease = record.Lease(run)
-            lease.acquire(takes_over=False)
-            record.Attempt.begin(run, {})
-            time.sleep(60)
-        finally:
-            os._exit(1)
-    while not record.attempt_numbers(run):
-        time.sleep(0.005)
-    return pid
-
-
-def test_a_live_writer_is_named_and_a_dead_one_replaced_at_once(run):
-    pid = _hold(run)
-    try:
-        with pytest.raises(RunBusy, match=f"pid {pid} on host {record.this_host()}"):
-            record.Lease(run).acquire(takes_over=False)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-    start = time.monotonic()
-    zombie = record.Lease(run)
-    zombie.acquire(takes_over=False)  # nobody has waited for the dead process yet
-    zombie.release()
-    os.waitpid(pid, 0)
-    assert time.monotonic() - start < 5
-
-
-def test_a_restart_of_the_same_launch_takes_over_a_live_writer(run):
-    pid = _hold(run)
-    try:
-        lease = record.Lease(run)
-        lease.acquire(takes_over=True)
-        lease.release()
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
 def test_status_is_what_the_record_says_but_a_dead_writer_is_lost(run):
     assert record.status_of(run, {}) == "unknown"
     assert record.status_of(run, {"status": "completed"}) == "completed"
     assert record.status_of(run, {"status": "running"}) == "lost"
-    pid = _hold(run)
+    pid = hold(run)
     try:
         assert record.status_of(run, {"status": "running"}) == "running"
         old = time.time() - 3 * record.LEASE_S

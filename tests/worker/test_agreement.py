@@ -119,7 +119,7 @@ def test_a_rank_that_never_comes_to_the_start_is_named_on_every_rank_that_came(s
     error = the_one_error(came)
     assert type(error) is RankTimeout
     assert error.ranks == [2]
-    assert "rank 2 did not come to start a run within 1 s" in str(error)
+    assert "rank 2 did not come to start within 1 s" in str(error)
 
 
 @BOTH_STORES

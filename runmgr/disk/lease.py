@@ -1,0 +1,180 @@
+"""The lease: the mark of a run's live writer, which holds rivals off. What keeps data safe is the order of attempts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from runmgr.disk import atomic, record
+
+if TYPE_CHECKING:
+    import filelock
+
+    from runmgr.disk.directory import RunDirectory
+
+_HEARTBEAT_S = 5.0
+_POLL_S = 0.05
+_NAMING_S = 1.0
+
+
+class Lease:
+    """The mark of the run's live writer: refreshed every 5 s, expired after 30 s, across hosts.
+
+    `after` is the newest attempt that there was when this process began to look; its own must be the next.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.after = 0
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        self._lease = self._new()
+
+    def acquire(self, *, takes_over: bool, launch: str | None = None) -> None:
+        """Become the live writer, or raise RunBusy as soon as the present one shows that it is alive.
+
+        A holder that is provably dead on this host is replaced at once, and with `takes_over` (a restart of the same
+        launch) one whose attempt was begun by `launch` too. Anybody else's mark counts until it was unchanged for a
+        whole lease of our own clock.
+        """
+        import filelock
+
+        self.after = max(record.attempt_numbers(self.run), default=0)
+        watch = _Watch(self.run, self._lease)
+        if takes_over and watch.is_of_launch(launch):
+            watch.remove_mark()
+        try:
+            self._lease.acquire(
+                timeout=record.LEASE_S + 2 * _HEARTBEAT_S, poll_interval=_POLL_S, cancel_check=watch.is_refused
+            )
+        except filelock.Timeout:
+            raise record.busy(self.run, watch.holder(), watch.age_s()) from None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the holder's attempt says of its mark, so that others know whose it is."""
+        return {"mark": _mark(self._lease)}
+
+    def release(self) -> None:
+        """Give the run free; harmless when it was lost meanwhile."""
+        with self._lock:
+            self._released.set()
+            self._lease.release()
+
+    def _new(self) -> filelock.SoftFileLease:
+        import filelock
+
+        return filelock.SoftFileLease(
+            self.run.lease_path,
+            lease_duration=record.LEASE_S,
+            heartbeat_interval=_HEARTBEAT_S,
+            thread_local=False,
+            on_compromise=lambda _: self._regain(),
+        )
+
+    def _regain(self) -> None:
+        """Put the mark back: the file server was away for long, or a rival that misjudged it took it and gave up.
+
+        Runs in the thread that refreshed the mark. A writer that was superseded stays without one.
+        """
+        import filelock
+
+        while True:
+            with self._lock, suppress(OSError, filelock.Timeout):
+                if self._released.is_set() or max(record.attempt_numbers(self.run), default=0) > self.after + 1:
+                    return
+                with suppress(OSError):
+                    self._lease.release()
+                self._lease = self._new()
+                self._lease.acquire(timeout=0)
+                return
+            if self._released.wait(_HEARTBEAT_S):
+                return
+
+
+def is_live(run: RunDirectory) -> bool:
+    """Whether somebody trains in `run` right now; looks at its mark for up to one lease, since two clocks may differ."""
+    import filelock
+
+    if (record.read_json(run.record_path) or {}).get("status") != "running":
+        return False
+    watch = _Watch(run, filelock.SoftFileLease(run.lease_path, lease_duration=record.LEASE_S, thread_local=False))
+    while watch.has_mark() and not watch.is_dead():
+        if watch.shows_life():
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+class _Watch:
+    """What a contender sees of the present holder's mark, timed by its own clock alone."""
+
+    def __init__(self, run: RunDirectory, lease: filelock.SoftFileLease) -> None:
+        self._run = run
+        self._lease = lease
+        self._newest = record.newest_record(run)
+        self._first, self._start, self._changed = self._stamp(), time.monotonic(), False
+
+    def shows_life(self) -> bool:
+        """Whether the mark was refreshed since."""
+        self._changed = self._changed or self._stamp() not in {self._first, None}
+        return self._changed
+
+    def has_mark(self) -> bool:
+        """Whether there is a mark now."""
+        return self._stamp() is not None
+
+    def is_dead(self) -> bool:
+        """Whether the holder is gone for certain, or was silent for a whole lease of our clock."""
+        if time.monotonic() - self._start > record.LEASE_S:
+            return True
+        return record.is_dead_here(self._newest) and self._is_of_newest()
+
+    def is_refused(self) -> bool:
+        """Whether the holder shows life; the mark of a dead one is removed, and can be taken a moment later.
+
+        filelock does that itself for most, but not for zombies, empty marks, and where two names cannot be swapped.
+        """
+        if self.shows_life():
+            return True
+        if self.is_dead():
+            self.remove_mark()
+        return False
+
+    def is_of_launch(self, launch: str | None) -> bool:
+        """Whether the mark is that of the newest attempt, and `launch` began that attempt too."""
+        names = {name for name in (launch or "").split(", ") if name}
+        return self._is_of_newest() and not names.isdisjoint(str(self._newest.get("launch")).split(", "))
+
+    def remove_mark(self) -> None:
+        """Remove the mark. Should a rival have put its own there in this instant, the next number decides between us."""
+        atomic.remove(self._run.lease_path)
+
+    def holder(self) -> str:
+        """Name the process that the mark names, which one that has just come is still writing."""
+        deadline = time.monotonic() + _NAMING_S
+        while (owner := self._lease.owner) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if owner is None or self._is_of_newest():
+            return record.holder_of(self._run)
+        return f"pid {owner.pid} on host {owner.hostname.partition('?')[0]}"
+
+    def age_s(self) -> float:
+        """Return how long ago the holder was seen alive; as far as we saw."""
+        return 0.0 if self._changed else time.monotonic() - self._start
+
+    def _is_of_newest(self) -> bool:
+        return self._newest.get("mark") is not None and self._newest.get("mark") == _mark(self._lease)
+
+    def _stamp(self) -> int | None:
+        try:
+            return self._run.lease_path.stat().st_mtime_ns
+        except OSError:
+            return None
+
+
+def _mark(lease: filelock.SoftFileLease) -> str | None:
+    """Return which process the mark on disk names, the same for as long as it lives."""
+    owner = lease.owner
+    return None if owner is None else f"{owner.hostname} {owner.pid} {owner.start}"
