@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import torch.distributed as dist
+
 import runmgr
 from runmgr.examples import digits
 
@@ -26,6 +30,19 @@ def log_every_step() -> None:
     runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, log_and_ask
 
 
+def forget_dead_ranks() -> None:
+    """Let each restart have keys of its own in torchrun's store; see docs/resume.md, which shows the same to users."""
+    init = dist.init_process_group
+
+    def init_with_own_keys(backend):
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        own = dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        init(backend, store=own, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+
+    dist.init_process_group = init_with_own_keys
+
+
 if __name__ == "__main__":
     log_every_step()
+    forget_dead_ranks()
     digits.main()
