@@ -169,11 +169,13 @@ class Hosts:
 def hosts(count: int, state: Path) -> Iterator[Hosts]:
     """Have `count` hosts while the block runs; `state` is an empty folder for what holds them."""
     made = Hosts(count, state)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a test run that is ended takes its hosts along
     try:
         made.up()
         yield made
     finally:
         made.down()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(*argv: str | Path) -> str:
