@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.needs("glusterd"), pytest.mark.timeout(400),
 ]  # fmt: skip
 ROUNDS = 50
-SHORT_LEASES = 6
+SHORT_LEASES = 4
 HOUR_S = 3600.0
 
 

@@ -1,0 +1,153 @@
+"""A torchrun agent, and with it a host, is lost: training goes on in the same run, whatever the orphaned worker does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import inside
+import pytest
+import torch
+from hosts import SHARED, hosts
+from processes import clean_environment, descendants, kill
+
+import runmgr
+
+pytestmark = [
+    pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip"), pytest.mark.needs("glusterd"),
+    pytest.mark.timeout(240),
+]  # fmt: skip
+JOB = Path(__file__).with_name("elastic_job.py")
+QUICK = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with hosts(3, tmp_path_factory.mktemp("hosts")) as made:
+        made.share_by_gluster([1, 2], 3)
+        yield made
+
+
+class Launch:
+    """One torchrun agent with one rank on hosts 1 and 2, `--nnodes 1:2`; the rendezvous is at host 1."""
+
+    def __init__(self, cluster, folder, root, epochs, resume):
+        self.printed = {}
+        self.agents = {}
+        for number in (1, 2):
+            self.printed[number] = folder / f"{time.monotonic_ns()}-host{number}"
+            command = cluster.command(
+                number, sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400",
+                "--rdzv-id", "elastic", "--rdzv-conf", QUICK, "--local-addr", f"10.77.0.{number}",
+                JOB, root, str(epochs), resume,
+            )  # fmt: skip
+            with self.printed[number].open("w") as output:
+                self.agents[number] = subprocess.Popen(
+                    command, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+
+    def kill_agent(self, number):
+        """Kill -9 an agent, not its worker; returns the worker."""
+        (orphan,) = descendants(self.agents[number].pid)
+        self.agents[number].kill()
+        self.agents[number].wait()
+        return orphan
+
+    def rank_of(self, pid):
+        """What a worker said of itself in its last start: its rank, the world size and the attempt."""
+        said = re.findall(rf"pid {pid} is rank (\d+) of (\d+) in attempt (\d+)", self.text())
+        return tuple(map(int, said[-1]))
+
+    def text(self):
+        return "".join(path.read_text() for path in self.printed.values())
+
+    def end(self):
+        for agent in self.agents.values():
+            with contextlib.suppress(ProcessLookupError):
+                kill([*descendants(agent.pid), agent.pid])
+            agent.wait()
+
+
+@contextlib.contextmanager
+def launched(*args):
+    made = Launch(*args)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def state_of(root):
+    """What a look-up in a host says of the only run."""
+    (info,) = runmgr.list_runs("elastic", root)
+    attempt = json.loads((info.path / f".runmgr/attempts/{info.attempt:04d}.json").read_bytes())
+    latest = torch.load(info.path / "ckpt_latest.pth", weights_only=True) if info.latest else {"epoch": 0}
+    return json.dumps([info.run_id, info.attempt, info.status, attempt["world_size"], latest["epoch"]])
+
+
+def look(cluster, root):
+    return json.loads(inside.call(cluster, 2, state_of, root))
+
+
+def wait_for(cluster, root, launch, condition):
+    deadline = time.monotonic() + 90
+    while True:
+        with contextlib.suppress(AssertionError):
+            if condition(*look(cluster, root)):
+                return
+        assert time.monotonic() < deadline, launch.text()[-4000:]
+        time.sleep(0.2)
+
+
+def is_alive(pid):
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_training_goes_on_at_the_other_size_when_an_agent_is_killed(cluster, tmp_path):
+    """An agent without the store, that is: the one of rank 0 has it, and its death is the next test's."""
+    root = SHARED / "lost"
+    with launched(cluster, tmp_path, root, 40, "auto") as launch:
+        wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: size == 2 and epoch > 3)
+        orphan = launch.kill_agent(2)
+        (left,) = descendants(launch.agents[1].pid)
+        _, _, before = launch.rank_of(orphan)
+        try:
+            time.sleep(3)
+            kill([left])  # the ranks go on without the agent until one fails; a collective would, with a real host lost
+            wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: attempt > before and size == 1)
+            assert is_alive(orphan)
+            assert launch.agents[1].wait(90) == 0, launch.text()[-4000:]
+            deadline = time.monotonic() + 60
+            while is_alive(orphan) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        finally:
+            kill([orphan])
+        _, attempt, status, size, epoch = look(cluster, root)
+        assert (attempt, status, size, epoch) == (before + 1, "completed", 1, 40)
+
+
+def test_where_torchrun_gives_up_the_same_command_again_goes_on_in_the_same_run(cluster, tmp_path):
+    root = SHARED / "gave-up"
+    with launched(cluster, tmp_path, root, 40, "latest") as launch:
+        wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: size == 2 and epoch > 3)
+        orphan = launch.kill_agent(1)
+        try:
+            assert launch.agents[2].wait(90) != 0, "its store was the first agent's"
+            deadline = time.monotonic() + 60
+            while is_alive(orphan):
+                assert time.monotonic() < deadline, "it lost the store as well"
+                time.sleep(0.1)
+        finally:
+            kill([orphan])
+    run_id, attempt, _, _, epoch = look(cluster, root)
+    with launched(cluster, tmp_path, root, 40, "latest") as again:
+        for agent in again.agents.values():
+            assert agent.wait(90) == 0, again.text()[-4000:]
+    assert look(cluster, root) == [run_id, attempt + 1, "completed", 2, 40]
+    assert 3 < epoch < 40
