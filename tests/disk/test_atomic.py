@@ -266,3 +266,18 @@ def test_a_file_system_that_does_not_know_its_size_refuses_nothing(tmp_path):
     size = os.statvfs("/proc")
     assert size.f_blocks == 0
     assert atomic.free_bytes(type(tmp_path)("/proc")) == 1 << 62
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    path.write_bytes(b"new")
+    stale, true = [OSError(errno.ESTALE, "Stale file handle", str(path))], type(path).read_bytes
+
+    def read(self):
+        if stale:
+            raise stale.pop()
+        return true(self)
+
+    monkeypatch.setattr(type(path), "read_bytes", read)
+    assert atomic.read_bytes(path) == b"new"
+    assert not stale
