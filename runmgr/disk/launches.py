@@ -63,7 +63,7 @@ class NamedLaunch:
 
     def remember(self, run: RunDirectory) -> bool:
         """Give the name to `run`; an earlier run under it is only replaced if `run()` had seen it."""
-        self._path.parent.mkdir(exist_ok=True)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         content = run.run_id.encode()
         try:
             if self._found:
@@ -121,7 +121,7 @@ class SlurmLaunch:
         """Note `run` as the job's next training."""
         if self._claimed is not None:
             return True
-        self._experiment.launches_path.mkdir(exist_ok=True)
+        self._experiment.launches_path.mkdir(parents=True, exist_ok=True)
         start = self._start
         entry = {"run_id": run.run_id, "restart": start.restart, "step": start.step, "command": self._command}
         for number in range(1, _MOST_TRAININGS):
