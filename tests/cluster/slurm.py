@@ -11,7 +11,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from hosts import _until
+from hosts import until
 from processes import REPOSITORY, clean_environment
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Slurm:
                 + ("slurmctld -c; " if number == 1 else "")
                 + f"slurmd -N host{number}",
             )
-        _until(self._check_idle)
+        until(self._check_idle)
 
     def call(self, *argv: str | Path, fails: bool = False) -> str:
         """Run a command on the first host, to its end, and return what it printed."""
