@@ -122,10 +122,10 @@ def _undo(choice: _Choice | None, writer: Writer | None, launches: list[Launch])
     if writer is not None:
         take_back(writer)
         return
-    if choice is not None and choice.is_new:
-        directories.remove_unused(choice.run)
     for launch in launches:
         launch.give_back()
+    if choice is not None and choice.is_new:
+        directories.remove_unused(choice.run)
 
 
 def _remember(launches: list[Launch], choice: _Choice) -> bool:
@@ -309,12 +309,12 @@ def _token(run: RunDirectory) -> str:
 def take_back(writer: Writer) -> None:
     """Undo a start that other ranks could not follow."""
     try:
+        for launch in writer.launches:  # first, so that an experiment which this start made is empty again
+            launch.give_back()
         if writer.is_new:
             directories.remove_unused(writer.shelf.run)
         else:
             writer.record.update(status="failed", ended=record.now_text())
-        for launch in writer.launches:
-            launch.give_back()
     except OSError:  # the error that brought us here is the one to tell
         pass
     finally:
