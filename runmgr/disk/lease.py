@@ -129,7 +129,11 @@ class _Watch:
         """Whether the holder is gone for certain, or was silent for a whole lease of our clock."""
         if time.monotonic() - self._start > record.LEASE_S:
             return True
-        return record.is_dead_here(self._newest) and self._is_of_newest()
+        if not record.is_dead_here(self._newest):
+            return False
+        if self._lease.owner is None:  # left empty by a power cut; one that has just come names itself at once
+            return time.monotonic() - self._start > _NAMING_S
+        return self._is_of_newest()
 
     def is_refused(self) -> bool:
         """Whether the holder shows life; the mark of a dead one is removed, and can be taken a moment later.
