@@ -54,7 +54,7 @@ def _train(mount, run_id, reports, *, block):
 
 @pytest.mark.needs("root")
 @pytest.mark.needs("mkfs.ext4")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 def test_what_was_reported_as_saved_is_there_after_a_power_cut(tmp_path):
     image, mount = tmp_path / "image", tmp_path / "mount"
     mount.mkdir()
