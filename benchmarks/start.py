@@ -168,7 +168,8 @@ def _start(rank: int, world_size: int, store: dist.TCPStore, folder: Path) -> No
 def _exchange(rank: int, world_size: int, store: dist.TCPStore, decide: Callable[[list[dict[str, Any]]], Any]) -> None:
     me = ranks.Ranks(rank, world_size, rank, f"host{rank // 8}", "the benchmark")
     joined = agreement.Agreement(me, store, _TIMEOUT_S)
-    answer = joined.agree("create a run", decide, lambda: {"host": me.host, "rank": rank, "devices": []})
+    place = {"host": me.host, "rank": rank, "devices": [], "pid": rank, "pid_space": None, "launch": None}
+    answer = joined.agree("create a run", decide, lambda: place)
     joined.agree("see the run directory", lambda _: None, lambda: os.path.isdir(answer["run_dir"]))
 
 

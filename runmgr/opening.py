@@ -59,7 +59,7 @@ def open_run(request: Request, places: list[dict[str, Any]], timeout_s: float) -
     """Create or take over the run. Rank 0 only."""
     experiment = request.experiment
     _starts[experiment] = _starts.get(experiment, 0) + 1
-    launches = _launches(experiment, _starts[experiment], timeout_s)
+    launches = _launches(experiment, _starts[experiment], places, timeout_s)
     for _ in range(_RIVAL_STARTS):
         opened = _choose_and_open(request, launches, places)
         if opened is not None:
@@ -81,14 +81,15 @@ def open_run(request: Request, places: list[dict[str, Any]], timeout_s: float) -
         "hosts": sorted(hosts),
         "confirming": sorted(hosts.values()),
         "without_lock": choice.without_lock,
+        "launch": launches[0].key if launches else None,
     }
     return answer, writer
 
 
-def _launches(experiment: Experiment, number: int, timeout_s: float) -> list[Launch]:
+def _launches(experiment: Experiment, number: int, places: list[dict[str, Any]], timeout_s: float) -> list[Launch]:
     """Return what this launch is known by, the surest first: a name of its own, then its place in a Slurm job."""
     launches: list[Launch] = []
-    key = agreements.launch_key(timeout_s)
+    key = agreements.launch_key(timeout_s, next(filter(None, (place["launch"] for place in places)), None))
     if key is not None:
         launches.append(NamedLaunch(experiment, key, number))
     start = ranks.slurm_start()

@@ -101,6 +101,15 @@ def torchrun_error_file(local_rank: int, environ: Mapping[str, str] = os.environ
     return Path(own).parent.parent / str(local_rank) / Path(own).name if own else None
 
 
+def torchrun_agent_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder that this host's torchrun agent made for its workers' logs, or None without torchrun.
+
+    No two agents have the same one, and one agent has the same one in all restarts of its workers.
+    """
+    own = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[2] if own and len(Path(own).parents) > 2 else None
+
+
 def slurm_step(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the id of the step that srun made for this process; None in a batch script or in salloc's shell."""
     step = environ.get("SLURM_STEP_ID", "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runmgr import opening
 from runmgr.disk import directory as directories
-from runmgr.disk import drift, failures, provenance
+from runmgr.disk import drift, failures, launches, provenance
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunError
@@ -94,6 +94,7 @@ def start_run(
             "devices": provenance.devices() if ranks.local_rank == 0 else [],
             "pid": os.getpid(),
             "pid_space": provenance.pid_space(),
+            "launch": launches.remembered_by_agent() if ranks.local_rank == 0 else None,
         }
 
     def decide(places: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def start_run(
         answer = agreement.agree(f"create a run of {experiment_name!r} in {shown}", decide, contribute)
         run = RunDirectory(Path(answer["run_dir"]))
         _confirm(agreement, run, answer)
+        if agreement.ranks.local_rank == 0:
+            launches.remember_by_agent(answer["launch"])
         return _opened(agreement, run, answer, requests[0], writers, on_save_error)
     except BaseException:
         for writer in writers:

@@ -5,15 +5,21 @@
 `slurm-<job>.<k>`             the kth training of a Slurm job (JSON): its run, restart, step and command
 `slurm-<job>.<k>.restart-<r>`  who continues it after the job's rth requeue: empty, made exclusively
 ============================  ==========================================================
+
+The name of a torchrun launch lies in the store of one of its agents. Each host's agent has it in a file too, since that
+agent, and with it the store, may be lost while the launch goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runmgr import ranks
 from runmgr.disk import atomic, record
 from runmgr.disk.directory import check_name
 
@@ -22,6 +28,25 @@ if TYPE_CHECKING:
     from runmgr.ranks import SlurmStart
 
 _MOST_TRAININGS = 100_000  # of one Slurm job
+_AGENT_FILE = "runmgr-launch"
+_AGENT_FILE_CONTENT = re.compile("torchrun-[0-9a-f]{16}")
+
+
+def remembered_by_agent() -> str | None:
+    """Return the launch's name that an earlier start left with this host's torchrun agent. Any rank."""
+    folder = ranks.torchrun_agent_folder()
+    with suppress(OSError, UnicodeDecodeError):
+        content = (folder / _AGENT_FILE).read_text() if folder is not None else ""
+        return content if _AGENT_FILE_CONTENT.fullmatch(content) else None
+    return None
+
+
+def remember_by_agent(key: str | None) -> None:
+    """Leave the launch's name with this host's torchrun agent. One rank of each host."""
+    folder = ranks.torchrun_agent_folder()
+    if folder is not None and key is not None and _AGENT_FILE_CONTENT.fullmatch(key):
+        with suppress(OSError):  # a full disk: it is only missed if the agent that hosts the store is lost
+            (folder / _AGENT_FILE).write_text(key)
 
 
 class Launch(Protocol):

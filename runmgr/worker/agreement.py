@@ -92,18 +92,19 @@ def _connect(timeout_s: float) -> Agreement:
         return Agreement(ranks, store, timeout_s)
 
 
-def launch_key(timeout_s: float) -> str | None:
+def launch_key(timeout_s: float, remembered: str | None = None) -> str | None:
     """Return what names this launch in each of its restarts, or None when nothing does. Rank 0 only.
 
     The user's RUNMGR_LAUNCH_ID, else a nonce that the first attempt left in the torchrun agent's store: unlike
-    `--rdzv-id` it cannot be the same for two launches.
+    `--rdzv-id` it cannot be the same for two launches. A store that has none is given what the agents `remembered`:
+    theirs was lost, together with the agent that had hosted it.
     """
     if given := environment.launch_id():
         return f"id-{given}"
     store = _agent_store(timeout_s)
     if store is None:
         return None
-    return f"torchrun-{store.compare_set(_LAUNCH_KEY, '', secrets.token_hex(8)).decode()}"
+    return str(store.compare_set(_LAUNCH_KEY, "", remembered or f"torchrun-{secrets.token_hex(8)}").decode())
 
 
 def _group_store() -> Store | None:

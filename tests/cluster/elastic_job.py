@@ -10,8 +10,9 @@ import runmgr
 
 root, epochs, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with runmgr.start_run("elastic", ckpt_root_dir=root, resume=resume) as run:
-    print(f"pid {os.getpid()} is rank {run.rank} of {run.world_size} in attempt {run.attempt}", flush=True)
     epoch = run.restore({}).epoch
+    place = f"rank {run.rank} of {run.world_size} in attempt {run.attempt}"
+    print(f"pid {os.getpid()} is {place} after epoch {epoch}", flush=True)
     while epoch < epochs:
         time.sleep(0.2)
         epoch += 1

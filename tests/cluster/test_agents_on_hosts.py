@@ -34,16 +34,16 @@ def cluster(tmp_path_factory):
 
 
 class Launch:
-    """One torchrun agent with one rank on hosts 1 and 2, `--nnodes 1:2`; the rendezvous is at host 1."""
+    """One torchrun agent with one rank on hosts 1 and 2, `--nnodes 1:2`; the rendezvous is at host 1, or a third one."""
 
-    def __init__(self, cluster, folder, root, epochs, resume):
+    def __init__(self, cluster, folder, root, epochs, resume, rendezvous=1):
         self.printed = {}
         self.agents = {}
         for number in (1, 2):
             self.printed[number] = folder / f"{time.monotonic_ns()}-host{number}"
             command = cluster.command(
                 number, sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
-                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29400",
+                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"host{rendezvous}:29400",
                 "--rdzv-id", "elastic", "--rdzv-conf", QUICK, "--local-addr", f"10.77.0.{number}",
                 JOB, root, str(epochs), resume,
             )  # fmt: skip
@@ -75,8 +75,8 @@ class Launch:
 
 
 @contextlib.contextmanager
-def launched(*args):
-    made = Launch(*args)
+def launched(*args, **options):
+    made = Launch(*args, **options)
     try:
         yield made
     finally:
@@ -151,3 +151,32 @@ def test_where_torchrun_gives_up_the_same_command_again_goes_on_in_the_same_run(
             assert agent.wait(90) == 0, again.text()[-4000:]
     assert look(cluster, root) == [run_id, attempt + 1, "completed", 2, 40]
     assert 3 < epoch < 40
+
+
+@contextlib.contextmanager
+def rendezvous_at(cluster, number):
+    """Host the rendezvous where no agent is, as a login node may."""
+    serve = "import signal, torch.distributed as d; s = d.TCPStore('', 29400, None, True, wait_for_workers=False); signal.pause()"
+    process = subprocess.Popen(cluster.command(number, sys.executable, "-c", serve), env=clean_environment())
+    try:
+        yield
+    finally:
+        kill([*descendants(process.pid), process.pid])
+        process.wait()
+
+
+def test_the_run_is_known_again_by_the_agents_when_rank_0s_agent_is_lost_with_its_store(cluster, tmp_path):
+    root = SHARED / "moved"
+    with rendezvous_at(cluster, 3), launched(cluster, tmp_path, root, 40, "auto", rendezvous=3) as launch:
+        wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: size == 2 and epoch > 3)
+        run_id, before, _, _, epoch = look(cluster, root)
+        ranks = {number: launch.rank_of(*descendants(launch.agents[number].pid))[0] for number in (1, 2)}
+        lost, left = sorted(ranks, key=ranks.get)
+        orphan = launch.kill_agent(lost)
+        try:
+            assert launch.agents[left].wait(120) == 0, launch.text()[-4000:]
+        finally:
+            kill([orphan])
+        assert look(cluster, root) == [run_id, before + 1, "completed", 1, 40]
+        said = re.findall(r"is rank 0 of 1 in attempt \d+ after epoch (\d+)", launch.printed[left].read_text())
+        assert 3 < epoch <= int(said[-1]), "it went on where it was"

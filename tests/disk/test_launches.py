@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from runmgr.disk import directory
+from runmgr.disk import directory, launches
 from runmgr.disk.directory import Experiment
 from runmgr.disk.launches import NamedLaunch, SlurmLaunch
 from runmgr.ranks import SlurmStart
@@ -116,3 +118,39 @@ def test_of_two_rivals_for_a_name_one_makes_the_run_and_the_other_hears_of_it(ex
     assert [launch.run() for launch in rivals] == [None, None]
     assert [launch.remember(run) for launch, run in zip(rivals, runs, strict=True)] == [True, False]
     assert rivals[1].run() == runs[0]
+
+
+@contextlib.contextmanager
+def agent(error_file):
+    """As a worker whose torchrun agent told it to write errors there."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+        yield
+
+
+@pytest.mark.parametrize("content", [b"", b"torchrun-", b"torchrun-0123", b"id-x", b"../escape", b"\xff\xfe"])
+def test_what_a_torn_write_left_with_the_agent_is_no_name(tmp_path, content):
+    (tmp_path / "runmgr-launch").write_bytes(content)
+    with agent(tmp_path / "attempt_0" / "0" / "error.json"):
+        assert launches.remembered_by_agent() is None
+
+
+def test_each_agent_remembers_its_launch_over_restarts_and_others_do_not(tmp_path):
+    key = "torchrun-0123456789abcdef"
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+    with agent(tmp_path / "one" / "attempt_0" / "0" / "error.json"):
+        assert launches.remembered_by_agent() is None
+        launches.remember_by_agent(key)
+        launches.remember_by_agent("id-what the user said needs no help")
+    with agent(tmp_path / "one" / "attempt_3" / "1" / "error.json"):
+        assert launches.remembered_by_agent() == key
+    for elsewhere in (tmp_path / "other" / "attempt_0" / "0" / "error.json", "", "error.json"):
+        with agent(elsewhere):
+            assert launches.remembered_by_agent() is None
+
+
+def test_where_an_agent_cannot_remember_a_start_goes_on(tmp_path):
+    with agent(tmp_path / "gone" / "attempt_0" / "0" / "error.json"):
+        launches.remember_by_agent("torchrun-0123456789abcdef")
+        assert launches.remembered_by_agent() is None
