@@ -25,6 +25,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 
@@ -45,6 +46,7 @@ _LONGEST_PAUSE_S = 0.05
 _CONNECT_S = 10.0
 _ANSWER_S = 20e-6  # what one question costs a store
 _EACH_S = 0.0005
+_HELLO_AGAIN_S = 0.02
 _LINGER_S = 3.0
 _LAUNCH_KEY = "runmgr/launch"
 
@@ -121,11 +123,16 @@ def _agent_store(timeout_s: float) -> Store | None:
 
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    host, port = address
-    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, _CONNECT_S)))
+    store = _agent_clients.get(address)  # torch looks up names when it connects, which may take seconds
+    if store is None:
+        host, port = address
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=max(timeout_s, _CONNECT_S)))
+        _agent_clients[address] = store
+    return store
 
 
 _shared: Agreement | None = None
+_agent_clients: WeakValueDictionary[tuple[str, int], Store] = WeakValueDictionary()
 
 
 class Agreement:
@@ -301,16 +308,20 @@ class _Welcome:
         self._session = session
         self._hellos = [f"runmgr/hello/{rank}" for rank in range(1, world_size)]
         self._answered: set[bytes] = set()
-        self._asked_each = time.monotonic()
+        self._asked = time.monotonic()
 
     def answer(self) -> None:
         """Answer those who are there: by one question once all are, else each by itself, which takes longer."""
         said = self._hellos
-        if not self._store.check(said):
-            if time.monotonic() - self._asked_each < _EACH_S * len(said):
+        asked_s = time.monotonic() - self._asked
+        if len(self._answered) >= len(said):
+            if asked_s < _HELLO_AGAIN_S:
+                return
+        elif not self._store.check(said):
+            if asked_s < _EACH_S * len(said):
                 return
             said = [key for key in said if self._store.check([key])]
-            self._asked_each = time.monotonic()
+        self._asked = time.monotonic()
         nonces = [nonce for nonce in _get_all(self._store, said) if nonce not in self._answered]
         self._answered.update(nonces)
         _set_all(self._store, [f"runmgr/answer/{nonce.decode()}" for nonce in nonces], self._session)

@@ -156,7 +156,8 @@ def test_where_torchrun_gives_up_the_same_command_again_goes_on_in_the_same_run(
 @contextlib.contextmanager
 def rendezvous_at(cluster, number):
     """Host the rendezvous where no agent is, as a login node may."""
-    serve = "import signal, torch.distributed as d; s = d.TCPStore('', 29400, None, True, wait_for_workers=False); signal.pause()"
+    store = "dist.TCPStore('', 29400, is_master=True, wait_for_workers=False)"
+    serve = f"import signal, torch.distributed as dist; store = {store}; signal.pause()"
     process = subprocess.Popen(cluster.command(number, sys.executable, "-c", serve), env=clean_environment())
     try:
         yield
