@@ -272,7 +272,7 @@ def _fork(request: Request, shelf: Shelf) -> None:
     renamed = {said: f"0000-{number:06d}.pth" for number, said in enumerate(originals, start=2)}
     facts: dict[str, Any] = {"epoch": entry.epoch, "step": entry.step} if entry else {}
     lying = [source.parent / name for name in originals.values()]
-    adopted = shelf.adopt(source, lying, renamed=renamed, members=tuple(renamed.values()), **facts)
+    adopted = shelf.adopt(source, lying, renamed=renamed, members=tuple(renamed.values()), logged=-1, **facts)
     parent_path = source.parents[2] if entry else source.parent
     shelf.run_record.update(parent={"run_id": parent_path.name, "path": str(source), "digest": adopted.digest})
 

@@ -13,7 +13,7 @@ from torch import nn
 from runmgr.disk import integrity, record
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import failure, gathering, loading, logs, meeting, preemption, saving
+from runmgr.worker import failure, gathering, introduction, loading, logs, meeting, preemption, saving
 from runmgr.worker import state as states
 from runmgr.worker.best import BestAverage
 
@@ -92,7 +92,7 @@ class Run:
         self._logs = logs.Logs(directory.log_path(started, self.rank), on_console=self.is_main)
         self.logger: logging.Logger = self._logs.logger
         self.log_handler: logging.Handler = self._logs.handler
-        self.tensorboard = logs.TensorBoard(directory.path) if self.is_main else logs.NoTensorBoard()
+        self.tensorboard = logs.NoTensorBoard() if writer is None else _tensorboard(directory, writer, config)
         self._saver = saving.Saver(writer.shelf, self.run_id, self.logger, on_save_error) if writer else None
         self._preemption = preemption.Preemption()
         self._witness = failure.Witness(directory, attempt, agreement.ranks, self._logs.tail, self.logger)
@@ -164,6 +164,7 @@ class Run:
                 model_keys={key: _key_of_model(state, average) for key, average in found.averages.items()},
                 facts={"epoch": epoch, "step": step, "metrics": saving.plain_metrics(metrics)},
                 rng=found.rng,
+                logged=self.tensorboard.last_step,
                 block=block,
                 private=found.private,
             )
@@ -184,6 +185,8 @@ class Run:
         shelf = None if self._writer is None else self._writer.shelf
         chosen = loading.choose(self._agreement, self._directory, shelf, name, self.logger)
         if chosen is None:
+            if self.resumed:
+                self.tensorboard.resume_after(-1)
             self._must_restore = False
             self._prepare_saves(state)
             return Progress(0, 0, {}, {}, None)
@@ -211,8 +214,10 @@ class Run:
             loaded["values"],
             path,
         )
-        if isinstance(self.tensorboard, logs.TensorBoard):
-            self.tensorboard.resume_after(progress.step)
+        if shelf is not None:
+            logged = shelf.logged_by(path)
+            if (last := loaded.get("step") if logged is None else logged) is not None:
+                self.tensorboard.resume_after(last)
             self.logger.info("restored %s: epoch %d, step %d", chosen.shown, progress.epoch, progress.step)
         return progress
 
@@ -363,12 +368,13 @@ class Run:
             self._meeting.close()
         agreements.forget(self._agreement)
         try:
-            self.tensorboard.close()
+            self.tensorboard.flush()
             if self._writer is not None:
                 self._end_saves(error)
                 if self._late_error is not None:
                     status, error = "failed", self._late_error
                     self._witness.testify(error, None)
+                self.tensorboard.end(status)
                 seen = self._witness.first_failure(self._writer.attempt.content) if status == "failed" else {}
                 record.write_end(self._writer.attempt, self._writer.record, status, error, seen)
                 self.logger.info("run %s: %s", self.run_id, status)
@@ -384,6 +390,12 @@ class Run:
             self._on_closed()
         if self._late_error is not None:
             raise self._late_error
+
+
+def _tensorboard(directory: RunDirectory, writer: Writer, config: dict[str, Any]) -> logs.TensorBoard:
+    """Return what begins its events file, once there is something to write, with what the run is."""
+    facts = writer.record.content | writer.attempt.content
+    return logs.TensorBoard(directory.path, lambda: introduction.summaries(config, facts), is_new=writer.is_new)
 
 
 def _key_of_model(state: Mapping[str, Any], average: Average) -> str:

@@ -33,7 +33,8 @@ class Checkpoint:
     """One committed checkpoint, as its attempt's record lists it. Sizes in bytes; `epoch` counts finished epochs.
 
     `members` are the objects that the averages in it are made of; after a fork they lie under other names than the
-    file itself says, and `renamed` translates. Attempt 0 stands for what a fork brought along.
+    file itself says, and `renamed` translates. Attempt 0 stands for what a fork brought along. `logged` is the greatest
+    step of what TensorBoard had been given by then, -1 for nothing.
     """
 
     attempt: int
@@ -48,6 +49,7 @@ class Checkpoint:
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     kind: Literal["checkpoint", "average", "member"] = "checkpoint"
     saved: str = ""
+    logged: int | None = None
 
     @property
     def object_name(self) -> str:

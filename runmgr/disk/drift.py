@@ -38,7 +38,7 @@ def note(attempt: record.Attempt, run_record: dict[str, Any], state: dict[str, A
 def between(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return what differs, by kind: a pair [before, now] or a dict of pairs; what is not known of before is left out."""
     pairs: dict[str, Any] = {
-        "config": _changed(_leaves(before.get("config")), _leaves(now["config"]))
+        "config": _changed(leaves(before.get("config")), leaves(now["config"]))
         if before.get("config") is not None
         else {},
         "devices": _changed(_devices(before), _devices(now)) if before.get("hosts") else {},
@@ -65,6 +65,16 @@ def sentence(drift: dict[str, Any], *, shown: int = _SHOWN) -> str:
     return "; ".join(parts)
 
 
+def leaves(config: Any, path: str = "") -> dict[str, Any]:
+    """Return a configuration's values by their dotted paths; a list is one value."""
+    if not isinstance(config, dict) or (path and not config):
+        return {path: config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{path}.{key}" if path else key)
+    return found
+
+
 def _last_record(run: RunDirectory, number: int) -> dict[str, Any]:
     """Return what the newest attempt before this one wrote of itself; one that was lost says nothing."""
     earlier = [found for found in record.attempt_numbers(run) if found < number]
@@ -74,16 +84,6 @@ def _last_record(run: RunDirectory, number: int) -> dict[str, Any]:
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Pair]:
     names = [*now, *(name for name in before if name not in now)]
     return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
-
-
-def _leaves(config: Any, path: str = "") -> dict[str, Any]:
-    """Return a configuration's values by their dotted paths; a list is one value."""
-    if not isinstance(config, dict) or (path and not config):
-        return {path: config}
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _leaves(value, f"{path}.{key}" if path else key)
-    return found
 
 
 def _devices(state: dict[str, Any]) -> dict[str, int]:

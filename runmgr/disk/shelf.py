@@ -172,10 +172,18 @@ class Shelf:
 
     def continue_from(self, path: Path) -> None:
         """Take note of the file that training goes on from, which was found whole."""
-        found = next((entry for entry in self.checkpoints if entry.path_in(self.run) == path), None)
+        found = self._lying_at(path)
         self._epoch = None if found is None else found.epoch
         if found is not None and path.name in self.damaged:
             self._set_damaged(self.damaged - {path.name})
+
+    def logged_by(self, path: Path) -> int | None:
+        """Return the greatest step in TensorBoard's events when a checkpoint was saved; None if that is not known."""
+        found = self._lying_at(path)
+        return None if found is None else found.logged
+
+    def _lying_at(self, path: Path) -> Checkpoint | None:
+        return next((entry for entry in self.checkpoints if entry.path_in(self.run) == path), None)
 
     def repair_names(self) -> None:
         """Point the public names at what the records say, after a predecessor died or woke up in between."""

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from runmgr.worker import introduction
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 
 LOGGER_NAME = "runmgr"
 _TAIL_LINES, _LINE_LIMIT = 50, 2000
+_EVENTS_PREFIX = "events.out.tfevents."
+_CLOCK_LIMIT_S = 5.0
 _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 
 
@@ -80,15 +86,18 @@ class _LogFile(logging.FileHandler):
 class TensorBoard:
     """A `SummaryWriter` that is made at its first use; after a restore it first purges the steps to be done again.
 
-    A disk that refuses what is written costs scalars, with a warning, never the training: the next `flush` makes a new
-    writer, since tensorboard's own does nothing any more.
+    What it writes first are the summaries that `introduce` returns. A disk that refuses what is written costs scalars,
+    with a warning, never the training: the next `flush` makes a new writer, since tensorboard's own does nothing any more.
     """
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, introduce: Callable[[], Iterable[Summary]], *, is_new: bool) -> None:
         self._log_dir = log_dir
+        self._introduce = introduce
         self._writer: SummaryWriter | None = None
-        self._purge_step: int | None = None
+        self._purge_step = 0 if is_new else None  # TensorBoard takes the first start in a run for no restart
+        self._is_opened = False  # what opens this attempt's events is on disk
         self._is_refused = False
+        self.last_step = -1
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -104,18 +113,23 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._log_dir), purge_step=self._purge_step)
+            self._wait_for_a_later_name()
+            self._writer = SummaryWriter(str(self._log_dir), purge_step=None if self._is_opened else self._purge_step)
+            if not self._is_opened:
+                self._add_introduction()
+            self._note_steps()
         return self._writer
 
     def resume_after(self, step: int) -> None:
         """Hide what earlier attempts wrote after `step`, which this attempt does again."""
-        self._purge_step = step + 1
+        self._purge_step, self.last_step = step + 1, step
         if self._writer is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-            event = Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
+            start = Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START))
             with self._tolerated():
-                self._writer._get_file_writer().add_event(event, self._purge_step)  # type: ignore[no-untyped-call]  # noqa: SLF001
+                self._writer._get_file_writer().add_event(start)  # type: ignore[no-untyped-call]  # noqa: SLF001
+                self._add_introduction()
 
     def flush(self) -> None:
         """Hand what was added to the operating system, so that a killed process loses none of it."""
@@ -123,13 +137,55 @@ class TensorBoard:
         if self._writer is not None:
             with self._tolerated():
                 self._writer.flush()
+                self._is_opened = True
 
     def close(self) -> None:
-        """Close the events file, if there is one."""
+        """Close the events file, if there is one; what is added afterwards goes to another one."""
         if self._writer is not None:
             with self._tolerated():
                 self._writer.close()
+                self._is_opened = True
             self._writer = None
+
+    def end(self, status: str) -> None:
+        """Close the events file, with a word of the run's end if that is its last."""
+        if self._writer is not None and status == "completed":
+            with self._tolerated():
+                self._add_summaries([introduction.completed()])
+        self.close()
+
+    def _wait_for_a_later_name(self) -> None:
+        """TensorBoard reads a run's files in the order of the seconds in their names, and so must attempts lie."""
+        seconds = (name.split(".")[3] for name in os.listdir(self._log_dir) if name.startswith(_EVENTS_PREFIX))
+        newest = max((int(word) for word in seconds if word.isdecimal()), default=0)
+        behind_s = newest + 1 - time.time()
+        if 0 < behind_s < _CLOCK_LIMIT_S:
+            time.sleep(behind_s)
+        elif behind_s > 0:
+            logging.getLogger(f"{LOGGER_NAME}.tensorboard").warning(
+                "this host's clock is %.0f s behind that of an earlier attempt; TensorBoard shows its curves before",
+                behind_s,
+            )
+
+    def _add_introduction(self) -> None:
+        self._add_summaries(self._introduce())
+
+    def _add_summaries(self, summaries: Iterable[Summary]) -> None:
+        assert self._writer is not None
+        for summary in summaries:
+            self._writer._get_file_writer().add_summary(summary, max(self.last_step, 0))  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+    def _note_steps(self) -> None:
+        """Follow the greatest step of what is added, whichever of the writer's methods adds it."""
+        assert self._writer is not None
+        file_writer = self._writer._get_file_writer()  # type: ignore[no-untyped-call]  # noqa: SLF001
+        add_event = file_writer.add_event
+
+        def note(event: Any, step: Any = None, walltime: float | None = None) -> None:
+            add_event(event, step, walltime)
+            self.last_step = max(self.last_step, event.step)
+
+        file_writer.add_event = note
 
     def _tolerating(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)

@@ -163,6 +163,7 @@ class Saver:
         model_keys: Mapping[str, str],
         facts: dict[str, Any],
         rng: list[dict[str, str]],
+        logged: int,
         block: bool,
         private: Collection[int] = (),
     ) -> SaveHandle:
@@ -175,6 +176,7 @@ class Saver:
         handle = SaveHandle()
         try:
             in_flight = _InFlight(self._prepared(gathered, averages, model_keys, facts, rng), handle)
+            in_flight.save.checkpoint = dataclasses.replace(in_flight.save.checkpoint, logged=logged)
             copied = None if block else self._staged(in_flight.save.content, private)
             if copied is None:
                 if not self._has_staged:
