@@ -61,10 +61,11 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def _skip_without(item) -> None:
-    """`@pytest.mark.needs("strace")`: skipped with a reason where the tool is missing, but never in CI."""
+    """`@pytest.mark.needs("strace")`: skipped with a reason where the tool or module is missing, but never in CI."""
     import shutil
+    from importlib.util import find_spec
 
     for (tool,) in (marker.args for marker in item.iter_markers("needs")):
-        missing = os.geteuid() != 0 if tool == "root" else shutil.which(tool) is None
+        missing = os.geteuid() != 0 if tool == "root" else not (shutil.which(tool) or find_spec(tool))
         if missing and not os.environ.get("RUNMGR_NO_SKIPS"):
             item.add_marker(pytest.mark.skip(reason=f"needs {tool}"))

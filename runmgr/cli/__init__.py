@@ -16,6 +16,7 @@ _COMMANDS = {
     "showing": ("show", "path"),
     "care": ("verify", "pin", "unpin"),
     "doctor": ("doctor",),
+    "tensorboard": ("tensorboard",),
 }
 
 

@@ -26,6 +26,7 @@ RUN_ID_FORMAT = "RUN_%Y%m%d_%H%M%S_%f"
 LATEST_NAME = "ckpt_latest.pth"
 BEST_NAME = "ckpt_best.pth"
 AVERAGE_NAME = "average_model.pth"
+EVENTS_PREFIX = "events.out.tfevents."  # what TensorBoard reads; it writes the rest of the name
 SHORT_NAMES = {"latest": LATEST_NAME, "best": BEST_NAME, "average": AVERAGE_NAME}
 _RUN_ID = re.compile(r"RUN_(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)_(\d{6})")
 _NAME_LIMIT_BYTES = 200

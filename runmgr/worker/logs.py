@@ -11,6 +11,7 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from runmgr.disk import directory
 from runmgr.worker import introduction
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 LOGGER_NAME = "runmgr"
 _TAIL_LINES, _LINE_LIMIT = 50, 2000
-_EVENTS_PREFIX = "events.out.tfevents."
 _CLOCK_LIMIT_S = 5.0
 _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
 
@@ -156,7 +156,7 @@ class TensorBoard:
 
     def _wait_for_a_later_name(self) -> None:
         """TensorBoard reads a run's files in the order of the seconds in their names, and so must attempts lie."""
-        seconds = (name.split(".")[3] for name in os.listdir(self._log_dir) if name.startswith(_EVENTS_PREFIX))
+        seconds = (name.split(".")[3] for name in os.listdir(self._log_dir) if name.startswith(directory.EVENTS_PREFIX))
         newest = max((int(word) for word in seconds if word.isdecimal()), default=0)
         behind_s = newest + 1 - time.time()
         if 0 < behind_s < _CLOCK_LIMIT_S:
