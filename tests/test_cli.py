@@ -141,4 +141,5 @@ def test_every_command_and_flag_is_listed_here():
         "pin": [["run"], ["file"], *common],
         "unpin": [["run"], ["file"], *common],
         "doctor": [["path"], ["--json"]],
+        "tensorboard": [["runs"], ["-n", "--limit"], ["--port"], *common],
     }

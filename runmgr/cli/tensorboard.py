@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from runmgr.cli import references as options
-from runmgr.cli import tables
-from runmgr.disk import board, directory, references
+from runmgr.cli import references, tables
+from runmgr.disk import board, directory
 from runmgr.disk.directory import Experiment
 from runmgr.errors import RunError
 
@@ -47,11 +47,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     command.add_argument("runs", nargs="*", metavar="EXPERIMENT|RUN", help="all experiments, if none is given")
     command.add_argument(
-        "-n", "--limit", type=options.positive, default=100, help="how many of an experiment's newest runs (100)"
+        "-n", "--limit", type=references.positive, default=100, help="how many of an experiment's newest runs (100)"
     )
     command.add_argument("--port", type=int, default=0, help="the port to serve at (a free one)")
     command.set_defaults(command=_tensorboard)
-    options.add_common_options(command)
+    references.add_common_options(command)
     _split_at_dashes(command)
 
 
@@ -71,10 +71,10 @@ def _split_at_dashes(command: argparse.ArgumentParser) -> None:
 
 def _tensorboard(given: argparse.Namespace) -> int:
     """Serve until Ctrl-C; runs and attempts that begin meanwhile appear by themselves."""
-    root = options.root_of(given)
+    root = references.root_of(given)
     if importlib.util.find_spec("tensorboard") is None:
         raise RunError(f"tensorboard is not installed for {sys.executable}; pip install tensorboard")
-    runs, experiments = _meant(given.runs, root)
+    runs, experiments = _meant(given, root)
     shown = board.Board(runs, experiments, None if given.runs else root, given.limit)
     folder = Path(tempfile.mkdtemp(prefix="runmgr-tensorboard-"))
     with _Server(folder, [f"--port={given.port}", *given.options]) as server:
@@ -82,32 +82,33 @@ def _tensorboard(given: argparse.Namespace) -> int:
         address = server.address()
         if given.json:
             listed = [{"name": name, "run_id": run.run_id, "path": str(run.path)} for name, run in shown.shown]
-            tables.print_json({"address": address, "runs": listed})
+            tables.print_json({"address": address, "runs": listed, "num_left_out": shown.num_left_out})
         else:
             print(_sentence(shown, " ".join(given.runs) or str(root), address))
         sys.stdout.flush()
         while server.is_running(for_s=_REFRESH_S):
-            shown.refresh(folder)
+            with suppress(OSError):  # the file server is away: what is shown already stays
+                shown.refresh(folder)
     raise RunError("TensorBoard has ended by itself")
 
 
-def _meant(words: Sequence[str], root: Path) -> tuple[list[RunDirectory], list[Experiment]]:
+def _meant(given: argparse.Namespace, root: Path) -> tuple[list[RunDirectory], list[Experiment]]:
     """Return the runs, and the experiments with all of their runs, that the words stand for."""
     runs, experiments = [], []
-    for word in words:
+    for word in given.runs:
         is_path = "/" in word.rstrip("/") or word in {".", ".."}
         path = Path(os.path.normpath(Path(word).expanduser().absolute() if is_path else root / word))
         if word and path.is_dir() and not any(directory.is_run_id(part) for part in path.parts):
             experiments.append(Experiment(path.parent, path.name))
         else:
-            runs.append(directory.RunDirectory(references.find_run(word, root).path))
+            runs.append(directory.RunDirectory(references.find(given, word).path))
     return runs, experiments
 
 
 def _sentence(shown: board.Board, what: str, address: str) -> str:
     count = len(shown.shown)
     runs = f"{count or 'no'} run{'' if count == 1 else 's'} of {tables.printable(what)}"
-    more = f" (of {shown.num_left_out} older ones nothing; see --limit)" if shown.num_left_out else ""
+    more = f" without {shown.num_left_out} older ones (--limit)" if shown.num_left_out else ""
     later = "" if count else " yet; they appear once they have logged something"
     return f"TensorBoard shows {runs}{more}{later}: {address} (Ctrl-C ends it)"
 

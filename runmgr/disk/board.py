@@ -62,9 +62,12 @@ class Board:
         for run in events:
             if run not in self._configs:
                 self._configs[run] = drift.leaves(record.look_at_json(run.config_path))
+        places = {run.path.parent for run in events if run not in self._names}
+        differing = {place: self._differing(place) for place in places}
         for run, found in events.items():
-            name = self._names.get(run) or self._name(run)
-            self._names[run] = name
+            if run not in self._names:
+                self._names[run] = self._name(run, differing[run.path.parent])
+            name = self._names[run]
             (folder / name).mkdir(parents=True, exist_ok=True)
             for entry in found:
                 with suppress(FileExistsError):
@@ -82,22 +85,23 @@ class Board:
             wanted |= dict.fromkeys(experiment.run(run_id) for run_id in reversed(ids[: self._limit]))
         return list(wanted)
 
-    def _name(self, run: RunDirectory) -> str:
-        others = [other for other in self._configs if other != run and other.path.parent == run.path.parent]
-        words = [_moment(run.run_id, [other.run_id for other in others]), *self._differing(run, others)]
-        name = " ".join(words).replace("/", "_")[:_NAME_LIMIT]
+    def _name(self, run: RunDirectory, differing: set[str]) -> str:
+        others = [other.run_id for other in self._configs if other != run and other.path.parent == run.path.parent]
+        settings = [(name, value) for name, value in self._configs[run].items() if name in differing][:_SETTINGS]
+        words = [_moment(run.run_id, others)]
+        words += [f"{name.rpartition('.')[2]}={str(value)[:_VALUE_LIMIT]}" for name, value in settings]
+        name = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(words)).replace("/", "_")[
+            :_NAME_LIMIT
+        ]
         experiment = f"{run.path.parent.name}/" if self._has_prefix else ""
-        whole = f"{experiment}{name}".encode(errors="backslashreplace").decode()
+        whole = f"{experiment}{name}".encode(errors="backslashreplace").decode()  # bytes that are no UTF-8
         return whole if whole not in self._names.values() else f"{whole} {run.run_id}"
 
-    def _differing(self, run: RunDirectory, others: list[RunDirectory]) -> list[str]:
-        own = self._configs[run]
-        differing = [
-            name
-            for name, value in own.items()
-            if any(self._configs[other].get(name) != value for other in others if self._configs[other])
-        ]
-        return [f"{name.rpartition('.')[2]}={str(own[name])[:_VALUE_LIMIT]}" for name in differing[:_SETTINGS]]
+    def _differing(self, place: Path) -> set[str]:
+        """Return the settings that are not the same in all runs of an experiment that have any."""
+        configs = [config for run, config in self._configs.items() if run.path.parent == place and config]
+        first = configs[0] if configs else {}
+        return {name for config in configs for name in first | config if first.get(name) != config.get(name)}
 
 
 def _moment(run_id: str, others: list[str]) -> str:

@@ -6,6 +6,7 @@ With RUNMGR_SCREENSHOT=docs/tensorboard.png it takes the picture that the README
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -53,6 +54,7 @@ def _train(rank, root, options, die_after=None):
 def trained(tmp_path_factory):
     if os.environ.get("TMPTRAINED"):
         from pathlib import Path
+
         return Path(os.environ["TMPTRAINED"])
     root = tmp_path_factory.mktemp("trained")
     for batch_size, lr in SWEEP:
@@ -107,7 +109,7 @@ def test_a_training_that_was_killed_and_resumed_twice_is_drawn_as_one_clean_curv
         page.goto(f"{board.address}?darkMode=false&smoothing=0&forceSVG=true&tagFilter=step|val#timeseries")
         (curve,) = _curves(page, "step")
         assert len(curve) == len(steps)
-        assert all(one[0] < next_[0] and one[1] > next_[1] for one, next_ in zip(curve, curve[1:], strict=False))
+        assert all(one[0] < next_[0] and one[1] > next_[1] for one, next_ in itertools.pairwise(curve))
         (accuracy,) = _curves(page, "accuracy")
         assert len(accuracy) == EPOCHS
         assert sorted(accuracy) == accuracy
