@@ -94,6 +94,17 @@ def test_a_fork_begins_with_curves_of_its_own(root):
     assert [(event.step, event.value) for event in events.Scalars("early")] == [(3, 2)]
 
 
+def test_a_checkpoint_knows_how_far_the_events_had_come_whichever_way_they_were_written(root):
+    for attempt, (steps, known) in enumerate((((), -1), ((3, 2), 3), ((), 3), ((7,), 7)), start=1):
+        with runmgr.start_run("known", resume="latest") as run:
+            if attempt == 4:
+                run.tensorboard.add_text("note", "before the restore", 0)
+            run.restore({"x": torch.ones(1)})
+            for step in steps:
+                run.tensorboard.add_histogram("weights", torch.ones(4), step)
+            assert run.save({"x": torch.ones(1)}, epoch=attempt).checkpoint.logged == known
+
+
 def test_a_clock_that_runs_behind_keeps_the_order_of_attempts(root, caplog):
     with runmgr.start_run("clock") as run:
         run.log_scalars({"loss": 1}, step=1)

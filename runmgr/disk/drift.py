@@ -65,16 +65,6 @@ def sentence(drift: dict[str, Any], *, shown: int = _SHOWN) -> str:
     return "; ".join(parts)
 
 
-def leaves(config: Any, path: str = "") -> dict[str, Any]:
-    """Return a configuration's values by their dotted paths; a list is one value."""
-    if not isinstance(config, dict) or (path and not config):
-        return {path: config}
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= leaves(value, f"{path}.{key}" if path else key)
-    return found
-
-
 def _last_record(run: RunDirectory, number: int) -> dict[str, Any]:
     """Return what the newest attempt before this one wrote of itself; one that was lost says nothing."""
     earlier = [found for found in record.attempt_numbers(run) if found < number]
@@ -84,6 +74,16 @@ def _last_record(run: RunDirectory, number: int) -> dict[str, Any]:
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Pair]:
     names = [*now, *(name for name in before if name not in now)]
     return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
+
+
+def leaves(config: Any, path: str = "") -> dict[str, Any]:
+    """Return a configuration's values by their dotted paths; a list is one value."""
+    if not isinstance(config, dict) or (path and not config):
+        return {path: config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{path}.{key}" if path else key)
+    return found
 
 
 def _devices(state: dict[str, Any]) -> dict[str, int]:

@@ -85,7 +85,7 @@ def _hparams_summary(kind: str, data: Any) -> Summary:
 def _text_summary(tag: str, text: str) -> Summary:
     from torch.utils.tensorboard.summary import text as summary_of
 
-    found: Summary = summary_of(tag, text)  # type: ignore[no-untyped-call]
+    found: Summary = summary_of(tag, _readable(text))  # type: ignore[no-untyped-call]
     return found
 
 
@@ -99,6 +99,7 @@ def _texts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
             ("ranks", f"{facts.get('world_size')} on {', '.join(hosts)}"), ("started", facts.get("started")),
             ("torch", facts.get("torch")), ("Python", facts.get("python")),
         )
+        if value is not None
     )  # fmt: skip
     texts = {"command": command, "config": _fenced(json.dumps(config, indent=1, ensure_ascii=False, default=str))}
     git = facts.get("git")
@@ -111,4 +112,4 @@ def _texts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
 
 
 def _fenced(text: str) -> str:
-    return f"{_FENCE}\n{_readable(text).replace(_FENCE, '~')}\n{_FENCE}"
+    return f"{_FENCE}\n{text.replace(_FENCE, '~')}\n{_FENCE}"

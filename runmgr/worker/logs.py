@@ -122,7 +122,8 @@ class TensorBoard:
 
     def resume_after(self, step: int) -> None:
         """Hide what earlier attempts wrote after `step`, which this attempt does again."""
-        self._purge_step, self.last_step = step + 1, step
+        self._purge_step, self._is_opened = step + 1, False
+        self.last_step = step
         if self._writer is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -130,6 +131,7 @@ class TensorBoard:
             with self._tolerated():
                 self._writer._get_file_writer().add_event(start)  # type: ignore[no-untyped-call]  # noqa: SLF001
                 self._add_introduction()
+            self.last_step = step
 
     def flush(self) -> None:
         """Hand what was added to the operating system, so that a killed process loses none of it."""

@@ -1,6 +1,7 @@
 """What Chromium draws of real trainings: the curve of one that was killed and resumed twice, and a sweep in HParams.
 
-With RUNMGR_SCREENSHOT=docs/tensorboard.png it takes the picture that the README shows.
+RUNMGR_BROWSER=1 bash scripts/test.sh tests/browser runs it; with RUNMGR_SCREENSHOT=docs/tensorboard.png it also takes the
+picture that the README shows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from tensorboards import served
 import runmgr
 from runmgr.examples import digits
 
-pytestmark = [pytest.mark.needs("chromium"), pytest.mark.needs("playwright")]
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("RUNMGR_BROWSER"), reason="takes a minute; RUNMGR_BROWSER=1 asks for it"),
+    pytest.mark.needs("chromium"),
+    pytest.mark.needs("playwright"),
+]
 
 SCREENSHOT = os.environ.get("RUNMGR_SCREENSHOT")
 EPOCHS, STEPS_AN_EPOCH, DEATHS = 5, 38, (100, 150)
@@ -52,10 +57,6 @@ def _train(rank, root, options, die_after=None):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    if os.environ.get("TMPTRAINED"):
-        from pathlib import Path
-
-        return Path(os.environ["TMPTRAINED"])
     root = tmp_path_factory.mktemp("trained")
     for batch_size, lr in SWEEP:
         values(run_ranks(1, _train, root, ["--epochs=2", f"--batch-size={batch_size}", f"--lr={lr}"]))

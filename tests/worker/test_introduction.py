@@ -53,11 +53,11 @@ def _texts(facts, config=None):
 
 def test_the_texts_say_what_ran_and_no_diff_ends_its_own_frame():
     git = {"commit": "abc", "branch": "main", "dirty": True, "diff": "+~~~~~~~~\n+<b>~~~\udcff"}
-    texts = _texts(
-        {"argv": ["python", "a b.py"], "hosts": [{"host": "n1"}, {"host": "n2"}], "world_size": 16, "git": git}
-    )
+    hosts = [{"host": "n1"}, {"host": "n2"}]
+    texts = _texts({"argv": ["python", "a b.py"], "cwd": "/a\udcff", "hosts": hosts, "world_size": 16, "git": git})
     assert texts["command/text_summary"].startswith("~~~~~~~~\npython 'a b.py'\n~~~~~~~~\n\n")
-    assert "\n- ranks: 16 on n1, n2\n" in texts["command/text_summary"]
+    assert "\n- directory: /a\\udcff\n" in texts["command/text_summary"]
+    assert texts["command/text_summary"].endswith("\n- ranks: 16 on n1, n2")
     assert texts["git/text_summary"].startswith("abc on main, with uncommitted changes\n\n~~~~~~~~\n+~\n")
     assert texts["git/text_summary"].count("~~~~~~~~") == 2
     assert set(_texts({"git": None}, {"token": "x"})) == {"command/text_summary", "config/text_summary"}
