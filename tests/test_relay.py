@@ -43,7 +43,7 @@ def wait_until(condition):
 def test_a_signal_to_torchrun_reaches_its_ranks_even_before_they_listen(name, tmp_path):
     script = tmp_path / "listener.py"
     script.write_text(LISTENER)
-    with start(script, name, "1.5") as agent:
+    with start(script, name, "0.7") as agent:
         wait_until(lambda: len(descendants(agent.pid)) >= 2)
         agent.send_signal(getattr(signal, name))
         out, err = agent.communicate(timeout=60)

@@ -23,10 +23,6 @@ LAUNCHES = 64
 FORK = multiprocessing.get_context("fork")
 HOUR_NS = 3600 * 10**9
 LOCKS = {
-    "one clock": lambda number: 0,
-    "clocks an hour apart": lambda number: (number % 3 - 1) * HOUR_NS,
-}
-LOCKS = {
     "flock works": None,
     "flock fails with ENOLCK": errno.ENOLCK,
     "flock fails with ENOSYS": errno.ENOSYS,
