@@ -36,7 +36,7 @@ def wait_until(condition):
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])

@@ -55,7 +55,7 @@ def _launch(root, folder, ranks, *, epochs=None, warm_up=None, kill_after_saves=
         deadline = time.monotonic() + 120
         for _ in range(kill_after_saves or 0):
             while (now := _saves(root)) == before and time.monotonic() < deadline:
-                time.sleep(0.001)
+                time.sleep(0.005)
             before = now
         return end_ranks(pids, 120 if kill_after_saves is None else random.uniform(0, 0.25))
 
