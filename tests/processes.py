@@ -190,7 +190,7 @@ def _reap(rank: int, pid: int, folder: Path, timeout_s: float) -> Outcome:
 
 
 def torchrun(
-    *command: str, ranks: int = 2, options: tuple[str, ...] = (), timeout_s: float = 100.0, **environ: str
+    *command: str, ranks: int = 2, options: tuple[str, ...] = (), timeout_s: float = 240.0, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --standalone --nproc-per-node=ranks <options> <command>` to its end, output captured."""
     argv = [
@@ -205,7 +205,7 @@ def torchrun(
     return run(*argv, timeout_s=timeout_s, **environ)
 
 
-def run(*argv: str, timeout_s: float = 100.0, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, timeout_s: float = 240.0, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in a clean environment; after the time-out all of its processes are killed."""
     with subprocess.Popen(
         argv, env=clean_environment(**environ), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

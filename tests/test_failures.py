@@ -314,11 +314,11 @@ with runmgr.start_run("x") as run:
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 def test_the_last_rank_of_a_real_torchrun_is_named_killed_or_with_its_traceback(tmp_path, root, capsys):
     script = tmp_path / "train.py"
     script.write_text(TRAINING)
-    done = torchrun(str(script), ranks=RANKS, options=("--max-restarts=1",), timeout_s=280)
+    done = torchrun(str(script), ranks=RANKS, options=("--max-restarts=1",), timeout_s=450)
     assert done.returncode != 0
     path, error = _only_run(root), "ValueError: bad batch at step 100"
     causes = [name for name in _reports(path) if name.endswith("-cause.json")]

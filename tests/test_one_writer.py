@@ -42,14 +42,14 @@ dist.destroy_process_group()
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_ranks_share_a_directory_and_only_rank_0_opens_checkpoints_for_writing(tmp_path, root):
     script, trace = tmp_path / "train.py", tmp_path / "trace"
     script.write_text(SCRIPT)
     done = run(
         "strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=open,openat,creat", "-o", str(trace),
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(script),
-        timeout_s=200, RUNMGR_CKPT_ROOT_DIR=str(root),
+        timeout_s=450, RUNMGR_CKPT_ROOT_DIR=str(root),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for experiment, logging in LOGGING.items():

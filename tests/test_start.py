@@ -553,9 +553,9 @@ def test_a_full_disk_is_one_error_on_all_and_leaves_no_run(store, root):
 def test_a_rank_that_never_comes_to_start_run_is_named_on_every_rank_that_came(store, root):
     def come_or_not(rank):
         if rank == 3:
-            time.sleep(3)
+            time.sleep(5)
             return None
-        return start_and_return(rank, {"timeout_s": 1})
+        return start_and_return(rank, {"timeout_s": 3})
 
     error = the_one_error(run_ranks(4, come_or_not, store=store)[:3])
     assert type(error) is RankTimeout

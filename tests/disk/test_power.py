@@ -56,9 +56,9 @@ def _train(mount, run_id, reports, *, block):
 
 @pytest.mark.needs("root")
 @pytest.mark.needs("mkfs.ext4")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_what_was_reported_as_saved_is_there_after_a_power_cut(tmp_path):
-    (saves,) = values(run_ranks(1, _cut_again_and_again, tmp_path, store="none", timeout_s=280))
+    (saves,) = values(run_ranks(1, _cut_again_and_again, tmp_path, store="none", timeout_s=570))
     print(f"{CUTS} cuts, {saves} saves reported, none lost")
 
 
