@@ -52,12 +52,12 @@ def _launch(root, folder, ranks, *, epochs=None, warm_up=None, kill_after_saves=
     with agent() as port:
         given = root, epochs or EPOCHS[ranks], random.randrange(1 << 30), warm_up
         pids = start_ranks(ranks, _train, *given, port=port, folder=folder)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         for _ in range(kill_after_saves or 0):
             while (now := _saves(root)) == before and time.monotonic() < deadline:
                 time.sleep(0.005)
             before = now
-        return end_ranks(pids, 120 if kill_after_saves is None else random.uniform(0, 0.25))
+        return end_ranks(pids, 240 if kill_after_saves is None else random.uniform(0, 0.25))
 
 
 def _saves(root) -> list[int]:
@@ -175,7 +175,7 @@ def test_one_torchrun_whose_ranks_are_killed_again_and_again_ends_bit_identical(
                 time.sleep(dice.uniform(0, 0.25))
                 victims.append(dice.choice((0, 1)) if number else 0)
                 kill([ranks[victims[-1]]])
-            assert launch.wait(90 + KILLS) == 0
+            assert launch.wait(240 + KILLS) == 0
         finally:
             kill([*descendants(launch.pid), launch.pid])
     assert len(victims) == KILLS
@@ -194,7 +194,7 @@ def test_one_torchrun_whose_ranks_are_killed_again_and_again_ends_bit_identical(
 
 def _ranks_once_they_saved(launch, root, restarts):
     """Return the processes of the ranks after so many restarts, by rank, once their attempt has saved."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not any(_has_saved(path) for path in root.glob(f"digits/RUN_*/.runmgr/attempts/{restarts + 1:04d}.json")):
         assert launch.poll() is None
         assert time.monotonic() < deadline

@@ -36,7 +36,7 @@ def _crowd(cluster, clients, root, starts=3):
         cluster.start(clients[n % len(clients)], sys.executable, HERE / "claim_job.py", root, str(moment), str(starts))
         for n in range(LAUNCHES)
     ]
-    printed = [launch.communicate(timeout=90)[0] for launch in launches]
+    printed = [launch.communicate(timeout=240)[0] for launch in launches]
     assert [launch.returncode for launch in launches] == [0] * LAUNCHES, printed
     ids = [run_id for text in printed for run_id in text.split()]
     assert len(ids) == len(set(ids)) == LAUNCHES * starts

@@ -90,11 +90,11 @@ def _crowd(root, *, flock_error=None, clock=lambda number: 0, launches=LAUNCHES,
         for process in processes:
             process.start()
         for _ in processes:
-            assert ready.acquire(timeout=30)
+            assert ready.acquire(timeout=120)
         go.set()
         found = [answers.get() for _ in range(launches * starts)]
         for process in processes:
-            process.join(30)
+            process.join(120)
             assert process.exitcode == 0
     return found
 

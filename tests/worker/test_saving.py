@@ -293,7 +293,7 @@ def test_whatever_ends_the_process_the_new_or_the_old_checkpoint_is_whole(root, 
         assert child.stdout.readline() == "writing\n"
         if code < 0:
             child.send_signal(-code)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=240)
     assert child.returncode in {code, 130 if code == -signal.SIGINT else code}, err
     (run,) = runmgr.list_runs("child")
     saved = torch.load(run.path / "ckpt_latest.pth", weights_only=True)
