@@ -30,7 +30,7 @@ class Child:
                 os._exit(0)
         os.close(writing)
 
-    def read_until(self, enough: Callable[[str], bool], timeout_s: float = 90.0) -> str:
+    def read_until(self, enough: Callable[[str], bool], timeout_s: float = 240.0) -> str:
         """Return what was told once that is enough."""
         deadline = time.monotonic() + timeout_s
         while not enough(self.text):
@@ -40,7 +40,7 @@ class Child:
             self.text += part.decode()
         return self.text
 
-    def read_rest(self, timeout_s: float = 90.0) -> str:
+    def read_rest(self, timeout_s: float = 240.0) -> str:
         """Return what was told once the process ends."""
         deadline = time.monotonic() + timeout_s
         while True:

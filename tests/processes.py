@@ -21,12 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# What a start, an optimizer and a TensorBoard writer import when they need it: seconds, which no forked rank pays again.
+import torch._dynamo
 import torch.distributed as dist
+import torch.utils.serialization.config
+import torch.utils.tensorboard  # noqa: F401
+from filelock import FileLock, SoftFileLease  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TORCHRUN_RANKS = int(os.environ.get("RUNMGR_RANKS", "3"))  # 8 in CI: each is an interpreter that imports torch
 LAUNCH_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RUNMGR_LAUNCH_ID",
@@ -184,7 +190,7 @@ def _reap(rank: int, pid: int, folder: Path, timeout_s: float) -> Outcome:
 
 
 def torchrun(
-    *command: str, ranks: int = 2, options: tuple[str, ...] = (), timeout_s: float = 100.0, **environ: str
+    *command: str, ranks: int = 2, options: tuple[str, ...] = (), timeout_s: float = 240.0, **environ: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `torchrun --standalone --nproc-per-node=ranks <options> <command>` to its end, output captured."""
     argv = [
@@ -199,7 +205,7 @@ def torchrun(
     return run(*argv, timeout_s=timeout_s, **environ)
 
 
-def run(*argv: str, timeout_s: float = 100.0, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, timeout_s: float = 240.0, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in a clean environment; after the time-out all of its processes are killed."""
     with subprocess.Popen(
         argv, env=clean_environment(**environ), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,

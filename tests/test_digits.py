@@ -96,7 +96,8 @@ def test_a_second_launch_makes_a_second_run_with_the_average_that_is_asked_for(l
     root, _ = launched
     (first,) = runmgr.list_runs("digits", root)
     done = run(
-        "bash", str(REPOSITORY / "scripts/launch.sh"), "-m", "runmgr.examples.digits", "--epochs=1", "--average=exponential",
+        "bash", str(REPOSITORY / "scripts/launch.sh"), "--nproc-per-node=1", "-m", "runmgr.examples.digits",
+        "--epochs=1", "--average=exponential",
         RUNMGR_CKPT_ROOT_DIR=str(root),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

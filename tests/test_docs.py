@@ -50,7 +50,7 @@ def test_the_readme_shows_what_its_example_prints(trained):
             run_id = found[-1].name
         done = subprocess.run(
             ["sh", "-c", re.sub(r"RUN_[\d_]+", run_id, command)],
-            cwd=folder, env=environ, capture_output=True, text=True, timeout=100,
+            cwd=folder, env=environ, capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         shown, real = shown + output, real + done.stdout
@@ -66,7 +66,7 @@ def test_the_other_examples_of_the_readme_run_after_the_first(trained):
         script = folder / "snippet.py"
         script.write_text(code)
         done = subprocess.run(
-            [sys.executable, str(script)], cwd=folder, env=environ, capture_output=True, text=True, timeout=100
+            [sys.executable, str(script)], cwd=folder, env=environ, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout == "True completed 5\n"

@@ -1,4 +1,4 @@
-"""Eight real torchrun ranks: one directory, a log for each rank that logs, and checkpoints that only rank 0 writes."""
+"""Real torchrun ranks: one directory, a log for each rank that logs, and checkpoints that only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import sys
 
 import pytest
+from processes import TORCHRUN_RANKS as RANKS
 from processes import run
 
 import runmgr
 
-SCRIPT = """
+LOGGING = {"all": range(RANKS), "few": (0, RANKS - 1)}
+SCRIPT = f"""
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -21,17 +23,17 @@ import runmgr
 
 dist.init_process_group("gloo")
 model = DistributedDataParallel(nn.Linear(2, 2))
-for experiment, logging in (("all", range(8)), ("few", (0, 3))):
+for experiment, logging in {LOGGING}.items():
     with runmgr.start_run(experiment, monitor="acc") as run:
         average = runmgr.BestAverage(model, k=2)
-        state = {"net": model, "average": average}
+        state = {{"net": model, "average": average}}
         run.restore(state)
         if run.rank in logging:
             run.logger.info("rank %d was here", run.rank)
         for epoch in (1, 2):
             average.update(epoch)
-            run.log_scalars({"acc": epoch}, step=epoch)
-            run.save(state, epoch=epoch, metrics={"acc": epoch})
+            run.log_scalars({{"acc": epoch}}, step=epoch)
+            run.save(state, epoch=epoch, metrics={{"acc": epoch}})
         with average.applied():
             pass
         run.save_average(average)
@@ -40,19 +42,19 @@ dist.destroy_process_group()
 
 
 @pytest.mark.needs("strace")
-@pytest.mark.timeout(240)
-def test_eight_ranks_share_a_directory_and_only_rank_0_opens_checkpoints_for_writing(tmp_path, root):
+@pytest.mark.timeout(480)
+def test_ranks_share_a_directory_and_only_rank_0_opens_checkpoints_for_writing(tmp_path, root):
     script, trace = tmp_path / "train.py", tmp_path / "trace"
     script.write_text(SCRIPT)
     done = run(
         "strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=open,openat,creat", "-o", str(trace),
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=8", str(script),
-        timeout_s=200, RUNMGR_CKPT_ROOT_DIR=str(root),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(script),
+        timeout_s=450, RUNMGR_CKPT_ROOT_DIR=str(root),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for experiment, logging in (("all", range(8)), ("few", (0, 3))):
+    for experiment, logging in LOGGING.items():
         (info,) = runmgr.list_runs(experiment, root)
-        assert (info.status, info.world_size) == ("completed", 8)
+        assert (info.status, info.world_size) == ("completed", RANKS)
         assert len(list(info.path.glob("events.out.tfevents.*"))) == 1
         logs = {
             int((re.findall(r"_rank(\d+)\.txt", path.name) or [0])[0]): path for path in info.path.glob("log_*.txt")

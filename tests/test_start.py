@@ -237,20 +237,23 @@ def test_each_start_of_an_unnamed_launch_makes_a_new_run_with_a_greater_id(root)
 
 
 def test_a_named_launch_continues_its_own_nth_run_whatever_its_status(monkeypatch, root):
-    script = """
-import runmgr, sys
-for name in ("x", "y", "x"):
-    with runmgr.start_run(name) as run:
-        print(name, run.run_id, run.attempt, run.resumed)
-"""
-    environ = {"RUNMGR_LAUNCH_ID": "job-17", "RUNMGR_CKPT_ROOT_DIR": str(root)}
-    first, second = (run(sys.executable, "-c", script, **environ).stdout.splitlines() for _ in range(2))
-    other = run(sys.executable, "-c", script, **environ | {"RUNMGR_LAUNCH_ID": "job-18"}).stdout.splitlines()
-    assert [line.split()[2:] for line in first] == [["1", "False"]] * 3
-    assert [line.split()[2:] for line in second] == [["2", "True"]] * 3
-    assert [line.split()[:2] for line in first] == [line.split()[:2] for line in second]
-    assert len({line.split()[1] for line in first}) == 3
-    assert not {line.split()[1] for line in first} & {line.split()[1] for line in other}
+    def start_three(_rank):
+        opening._starts.clear()  # as in a new interpreter
+        found = []
+        for name in ("x", "y", "x"):
+            with runmgr.start_run(name) as run:
+                found.append((name, run.run_id, run.attempt, run.resumed))
+        return found
+
+    launches = ("job-17", "job-17", "job-18")
+    first, second, other = (
+        values(run_ranks(1, start_three, store="none", environ={"RUNMGR_LAUNCH_ID": name}))[0] for name in launches
+    )
+    assert [start[2:] for start in first] == [(1, False)] * 3
+    assert [start[2:] for start in second] == [(2, True)] * 3
+    assert [start[:2] for start in first] == [start[:2] for start in second]
+    assert len({run_id for _, run_id, *_ in first}) == 3
+    assert not {run_id for _, run_id, *_ in first} & {run_id for _, run_id, *_ in other}
 
 
 def test_never_makes_a_new_run_and_a_later_auto_continues_the_newest_of_this_launch(monkeypatch, root):
@@ -477,22 +480,23 @@ def test_the_root_comes_from_the_argument_then_the_environment_then_the_scripts_
     script.parent.mkdir(parents=True)
     (tmp_path / "project" / "pyproject.toml").touch()
     script.write_text(
-        "import runmgr, sys\n"
-        "with runmgr.start_run('x', ckpt_root_dir=sys.argv[1] if sys.argv[1:] else None) as run: print(run.run_dir)"
+        "import os, runmgr, sys\n"
+        "given, said = sys.argv[1:]\n"
+        "os.environ['RUNMGR_CKPT_ROOT_DIR'] = said\n"
+        "with runmgr.start_run('x', ckpt_root_dir=given) as run: print(run.run_dir)\n"
+        "with runmgr.start_run('x') as run: print(run.run_dir)\n"
+        "del os.environ['RUNMGR_CKPT_ROOT_DIR']\n"
+        "with runmgr.start_run('x') as run: print(run.run_dir)\n"
     )
     environ = clean_environment()
     environ.pop("RUNMGR_CKPT_ROOT_DIR")
-
-    def where(*arguments, **more):
-        done = subprocess.run(
-            [sys.executable, str(script), *arguments], env=environ | more, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return Path(done.stdout.strip()).parent
-
-    assert where(str(tmp_path / "given"), RUNMGR_CKPT_ROOT_DIR=str(tmp_path / "said")) == tmp_path / "given" / "x"
-    assert where(RUNMGR_CKPT_ROOT_DIR=str(tmp_path / "said")) == tmp_path / "said" / "x"
-    assert where() == tmp_path / "project" / "checkpoints" / "x"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "given"), str(tmp_path / "said")],
+        env=environ, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    roots = [Path(line).parent.parent for line in done.stdout.splitlines()]
+    assert roots == [tmp_path / "given", tmp_path / "said", tmp_path / "project" / "checkpoints"]
 
 
 # -------------------------------------------------------------------------------- one error on every rank, in time
@@ -549,9 +553,9 @@ def test_a_full_disk_is_one_error_on_all_and_leaves_no_run(store, root):
 def test_a_rank_that_never_comes_to_start_run_is_named_on_every_rank_that_came(store, root):
     def come_or_not(rank):
         if rank == 3:
-            time.sleep(3)
+            time.sleep(5)
             return None
-        return start_and_return(rank, {"timeout_s": 1})
+        return start_and_return(rank, {"timeout_s": 3})
 
     error = the_one_error(run_ranks(4, come_or_not, store=store)[:3])
     assert type(error) is RankTimeout

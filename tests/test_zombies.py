@@ -16,7 +16,7 @@ from runmgr.disk import directory
 MOMENTS = int(os.environ.get("RUNMGR_ZOMBIES", "6"))  # 50 in CI
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_stopped_rank_0_that_wakes_up_changes_nothing(root):
     dice = random.Random(0)
     late = sum(_wake_up_a_zombie(root, f"launch-{moment}", dice.random() / 20) for moment in range(MOMENTS))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NETWORK = "10.77.0"
 SHARED = Path("/mnt/shared")  # on the clients
-_PATIENCE_S = 30.0
+_PATIENCE_S = 120.0
 _OWN_GLUSTER_FOLDERS = "for d in /var/log/glusterfs /run/gluster; do mkdir -p $d; mount -t tmpfs tmpfs $d; done;"
 
 
@@ -115,7 +115,7 @@ class Hosts:
             )
             for number in numbers
         ]  # fmt: skip
-        printed = [agent.communicate(timeout=120)[0] for agent in agents]
+        printed = [agent.communicate(timeout=240)[0] for agent in agents]
         for agent, text in zip(agents, printed, strict=True):
             assert agent.returncode == 0, text[-4000:]
         return printed

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from hosts import Hosts
 
-_PATIENCE_S = 90.0
+_PATIENCE_S = 240.0
 _OWN_FOLDERS = ("/etc/munge", "/var/log/munge", "/var/lib/munge", "/etc/slurm")
 CREDENTIALS_S = 5  # how long they are valid; Slurm's own choice is two minutes
 _CONFIGURATION = f"""

@@ -20,7 +20,7 @@ import runmgr
 
 pytestmark = [
     pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip"), pytest.mark.needs("glusterd"),
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(900),
 ]  # fmt: skip
 JOB = Path(__file__).with_name("elastic_job.py")
 QUICK = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -96,7 +96,7 @@ def look(cluster, root):
 
 
 def wait_for(cluster, root, launch, condition):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while True:
         with contextlib.suppress(AssertionError):
             if condition(*look(cluster, root)):
@@ -122,8 +122,8 @@ def test_training_goes_on_at_the_other_size_when_an_agent_is_killed(cluster, tmp
             kill([left])  # the ranks go on without the agent until one fails; a collective would, with a real host lost
             wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: attempt > before and size == 1)
             assert is_alive(orphan)
-            assert launch.agents[1].wait(90) == 0, launch.text()[-4000:]
-            deadline = time.monotonic() + 60
+            assert launch.agents[1].wait(240) == 0, launch.text()[-4000:]
+            deadline = time.monotonic() + 240
             while is_alive(orphan) and time.monotonic() < deadline:
                 time.sleep(0.1)
         finally:
@@ -138,8 +138,8 @@ def test_where_torchrun_gives_up_the_same_command_again_goes_on_in_the_same_run(
         wait_for(cluster, root, launch, lambda _, attempt, status, size, epoch: size == 2 and epoch > 3)
         orphan = launch.kill_agent(1)
         try:
-            assert launch.agents[2].wait(90) != 0, "its store was the first agent's"
-            deadline = time.monotonic() + 60
+            assert launch.agents[2].wait(240) != 0, "its store was the first agent's"
+            deadline = time.monotonic() + 240
             while is_alive(orphan):
                 assert time.monotonic() < deadline, "it lost the store as well"
                 time.sleep(0.1)
@@ -148,7 +148,7 @@ def test_where_torchrun_gives_up_the_same_command_again_goes_on_in_the_same_run(
     run_id, attempt, _, _, epoch = look(cluster, root)
     with launched(cluster, tmp_path, root, 40, "latest") as again:
         for agent in again.agents.values():
-            assert agent.wait(90) == 0, again.text()[-4000:]
+            assert agent.wait(240) == 0, again.text()[-4000:]
     assert look(cluster, root) == [run_id, attempt + 1, "completed", 2, 40]
     assert 3 < epoch < 40
 

@@ -29,7 +29,7 @@ def _start(cluster, numbers, *arguments, program=("-m", "runmgr.cli")):
 def _doctor(cluster, numbers, **options):
     """Return the statuses, rank 0's findings by name, and what the other ranks printed."""
     started = _start(cluster, numbers, "--json", **options)
-    printed = [process.communicate(timeout=100)[0] for process in started]
+    printed = [process.communicate(timeout=240)[0] for process in started]
     told = json.loads(printed[0])
     return [process.returncode for process in started], told, {f["name"]: f for f in told["findings"]}, printed[1:]
 
@@ -55,10 +55,10 @@ def test_glusterfs_is_found_shared_with_locks_that_exclude(tmp_path):
         while "name-0" not in cluster.shell(2, f"ls {SHARED}/.runmgr-doctor-*/ 2>&1 || true"):
             time.sleep(0.01)
         started[0].kill()  # and rank 0 killed in the middle leaves nothing either
-        printed = [process.communicate(timeout=60)[0] for process in started]
+        printed = [process.communicate(timeout=240)[0] for process in started]
         assert [process.returncode for process in started] == [-9, 1, 1]
         assert "rank 0 ended early" in printed[1]
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while _left(cluster, 2) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert _left(cluster, 2) == []

@@ -21,7 +21,7 @@ from runmgr.disk import lease as leases
 
 pytestmark = [
     pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip"), pytest.mark.needs("nft"),
-    pytest.mark.needs("glusterd"), pytest.mark.timeout(400),
+    pytest.mark.needs("glusterd"), pytest.mark.timeout(900),
 ]  # fmt: skip
 ROUNDS = 50
 SHORT_LEASES = 4
@@ -148,8 +148,8 @@ def test_of_two_that_watch_a_silent_holder_for_one_lease_exactly_one_goes_on(clu
                 winner, attempt, won_s, lost_s = both.outcome()
                 both.let_end(winner)
         assert attempt == 2 * number + 3
-        assert lease_s < won_s < lease_s + 5
-        assert lost_s < lease_s + 10
+        assert lease_s < won_s < lease_s + 25, "after one lease, not after a second"
+        assert lost_s < lease_s + 25
 
 
 def attempts_in(run_id):

@@ -30,11 +30,10 @@ def test_two_guests_on_nfs_share_a_run_that_one_believes_to_be_missing_and_never
     signals.mkdir()
     jobs = [JOB.format(repository=REPOSITORY, python=sys.executable, rank=rank) for rank in (0, 1)]
     with hosts(1, state) as cluster:
-        printed = run_in_guests(cluster, export_by_nfs(cluster, 1), jobs, signals, 80)
+        printed = run_in_guests(cluster, export_by_nfs(cluster, 1), jobs, signals, 240)
         assert "looked up: [False, False]" in printed[1]
         assert "a look says: False" in printed[1]  # else this shows nothing
-        (seconds,) = re.findall(r"confirmed after (\S+) s", printed[1])
-        assert float(seconds) < 5
+        assert "confirmed after" in printed[1]  # within 20 s, or it fails; the client remembers for 30
         ids = re.findall(r"RUN_\w+", "".join(printed))
         assert len(ids) == len(set(ids)) == 20
         assert sorted(cluster.shell(1, "ls /mnt/export/crowd").split()) == sorted(ids)

@@ -21,11 +21,18 @@ def end(pid):
     os.waitpid(pid, 0)
 
 
+@pytest.fixture(autouse=True)
+def _frequent_heartbeat(monkeypatch):
+    """A rival waits for the holder's next sign of life, which need not take 5 s."""
+    monkeypatch.setattr(leases, "_HEARTBEAT_S", 0.5)
+
+
 def begin(run, lease, **facts):
     return record.Attempt.begin(run, facts | lease.facts(), after=lease.after)
 
 
-def test_a_live_writer_is_named_and_a_dead_one_replaced_at_once(run):
+def test_a_live_writer_is_named_and_a_dead_one_replaced_at_once(run, monkeypatch):
+    monkeypatch.setattr(record, "LEASE_S", 3600.0)  # nobody waits for that
     pid = hold(run)
     try:
         with pytest.raises(RunBusy, match=f"pid {pid} on host {record.this_host()}") as busy:
@@ -33,21 +40,17 @@ def test_a_live_writer_is_named_and_a_dead_one_replaced_at_once(run):
         assert busy.value.age_s == 0
     finally:
         os.kill(pid, signal.SIGKILL)
-    start = time.monotonic()
     zombie = Lease(run)
     zombie.acquire(takes_over=False)  # nobody has waited for the dead process yet
     zombie.release()
     os.waitpid(pid, 0)
-    assert time.monotonic() - start < 5
 
 
 def test_a_restart_takes_over_a_live_writer_of_its_own_launch_at_once(run):
     pid = hold(run, launch="torchrun-1, slurm-7")
     try:
         lease = Lease(run)
-        start = time.monotonic()
         lease.acquire(takes_over=True, launch="torchrun-2, slurm-7")
-        assert time.monotonic() - start < 1
         assert begin(run, lease).number == 2
         lease.release()
     finally:
@@ -142,9 +145,8 @@ def test_whether_a_run_is_live_is_seen_and_not_reckoned_from_clocks(run, monkeyp
         assert not leases.is_live(run), "silent for a lease"
     finally:
         end(pid)
-    start = time.monotonic()
-    assert not leases.is_live(run)
-    assert time.monotonic() - start < 0.5
+    monkeypatch.setattr(record, "LEASE_S", 3600.0)
+    assert not leases.is_live(run), "dead for certain"
 
 
 def test_the_same_name_in_another_process_namespace_is_another_host(run, monkeypatch):
@@ -156,7 +158,7 @@ def test_the_same_name_in_another_process_namespace_is_another_host(run, monkeyp
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

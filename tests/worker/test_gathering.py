@@ -71,7 +71,7 @@ def _save_sharded(rank, root, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_tensors_are_saved_whole_wherever_they_lie(root, case):
-    outcomes = values(run_ranks(2, _save_sharded, root, case, store="group", timeout_s=40))
+    outcomes = values(run_ranks(2, _save_sharded, root, case, store="group"))
     shapes, asked = outcomes[0]
     assert [3, 4] in shapes
     assert asked == 1, "state_dict() may be costly, or a collective of its own"
@@ -138,7 +138,7 @@ def _fail(rank, root, how):
 
 @pytest.mark.parametrize("how", FAILURES)
 def test_whatever_fails_while_gathering_is_the_same_error_on_all_within_seconds(root, how):
-    outcomes = values(run_ranks(2, _fail, root, how, store="group", timeout_s=40))
+    outcomes = values(run_ranks(2, _fail, root, how, store="group"))
     (kind, text, *_), (other_kind, other_text, *_) = outcomes
     assert (kind, text) == (other_kind, other_text)
     assert FAILURES[how][2] in text
@@ -165,7 +165,7 @@ def _save_in_the_background(rank, root):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gathered_tensors_are_not_copied_once_more_but_what_the_model_owns_is(root, world_size):
-    outcomes = values(run_ranks(world_size, _save_in_the_background, root, store="group", timeout_s=40))
+    outcomes = values(run_ranks(world_size, _save_in_the_background, root, store="group"))
     for equal, table, _ in outcomes:
         assert equal
         assert table == [1] * 10
@@ -189,5 +189,5 @@ def _save_collectively(rank, root):
 
 
 def test_a_state_dict_may_speak_with_the_other_ranks(root):
-    outcomes = run_ranks(2, _save_collectively, root, store="group", timeout_s=40)
+    outcomes = run_ranks(2, _save_collectively, root, store="group")
     assert values(outcomes) == [{"ranks": [0, 1]}] * 2
