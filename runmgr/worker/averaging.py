@@ -15,7 +15,7 @@ import torch
 
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement
-from runmgr.worker.fusing import Pairing, copy_all, empty_parts, set_zero
+from runmgr.worker.fusing import Pairing, copy_all, empty_parts, quotients_into, set_zero
 from runmgr.worker.sharding import Layout, Piece, check_group, dense_like, dense_stride, flat
 from runmgr.worker.source import Source, check_same, is_averaged
 from runmgr.worker.staging import map_tensors, mapping_like
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Weights = dict[str, Tensor]
+    Fill = Callable[[list[Tensor], list[Piece]], object]
 
 
 class Average:
@@ -80,7 +81,7 @@ class Average:
         self._meet("compute the average")
         own = module_state(self.model)
         dtypes = {key: own[key].dtype for key in self._source.layout.keys}
-        found = self._whole(self._results, dtypes, keep=keep)
+        found = self._whole(self._fill, dtypes, keep=keep)
         if not keep:
             return {}
         others = map_tensors(self._newest_others(), lambda tensor: tensor.detach().to("cpu", copy=True))
@@ -124,8 +125,8 @@ class Average:
         """Return, as plain data, what of this kind of average must be the same on all ranks."""
         raise NotImplementedError
 
-    def _results(self, group: list[Piece]) -> list[Tensor]:
-        """Return the average of these elements, which this rank keeps, in any dtype."""
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        """Write the average of these elements, which this rank keeps, to tensors of any dtypes."""
         raise NotImplementedError
 
     def _newest_others(self) -> Mapping[str, Any]:
@@ -160,7 +161,7 @@ class Average:
 
     def _share(self, targets: list[Tensor], own: Weights) -> None:
         layout = self._source.layout
-        layout.share(self._results, targets, [own[key].dtype for key in layout.keys], _device_of(own))
+        layout.share(self._fill, targets, [own[key].dtype for key in layout.keys], _device_of(own))
 
     def _shared_others(self, own: Weights) -> Weights:
         """Return what is not averaged; what is no tensor is each rank's own."""
@@ -174,23 +175,23 @@ class Average:
         found = {key: dense_like(tensor) for key, tensor in tensors.items()}
         sent = layout.views({key: others[key] for key in tensors}) if self._is_main else []
         layout.share(
-            lambda group: [piece.of(sent) for piece in group],
+            of_parts(sent),
             [flat(tensor) for tensor in found.values()],
             [tensor.dtype for tensor in found.values()],
             _device_of(own),
         )
         return found
 
-    def _whole(self, values: Any, dtypes: Mapping[str, torch.dtype], *, keep: bool) -> Weights:
+    def _whole(self, fill: Fill, dtypes: Mapping[str, torch.dtype], *, keep: bool) -> Weights:
         """Bring all parts together on the CPU of the ranks that `keep`."""
         own, layout = module_state(self.model), self._source.layout
         found = {key: dense_like(local_part(own[key]), dtypes[key], "cpu") for key in layout.keys} if keep else {}
         targets = [flat(tensor) for tensor in found.values()] if keep else None
-        layout.share(values, targets, [dtypes[key] for key in layout.keys], _device_of(own))
+        layout.share(fill, targets, [dtypes[key] for key in layout.keys], _device_of(own))
         for piece in layout.mine[layout.travelling :]:
             key = layout.keys[piece.tensor]
             local = dense_like(local_part(own[key]), dtypes[key])
-            flat(local).copy_(values([piece])[0])
+            fill([flat(local)], [piece])
             full = with_local_part(own[key], local).full_tensor()  # type: ignore[attr-defined]
             if keep:
                 found[key] = full.cpu()
@@ -229,7 +230,7 @@ class Accumulated(Average):
 
     def gathered(self, *, keep: bool) -> dict[str, Any]:
         """Return `state_dict` on the ranks that `keep`, on the CPU. Every rank, once all have said that they can."""
-        found = self._whole(lambda group: [piece.of(self._parts) for piece in group], self._source.dtypes, keep=keep)
+        found = self._whole(of_parts(self._parts), self._source.dtypes, keep=keep)
         others = map_tensors(self._others, lambda tensor: tensor.cpu())
         return {"count": self.count, self._name: found, "others": others}
 
@@ -299,8 +300,8 @@ class RunningAverage(Accumulated):
         if not self.count:
             raise InvalidInput("nothing to average yet: call update() first")
 
-    def _results(self, group: list[Piece]) -> list[Tensor]:
-        return list(torch._foreach_div([piece.of(self._parts) for piece in group], self.count))  # noqa: SLF001  # as above
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        quotients_into(targets, [piece.of(self._parts) for piece in group], self.count)
 
 
 class ExponentialAverage(Accumulated):
@@ -343,8 +344,8 @@ class ExponentialAverage(Accumulated):
     def _check(self) -> None:
         """There is always something."""
 
-    def _results(self, group: list[Piece]) -> list[Tensor]:
-        return [piece.of(self._parts) for piece in group]
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        copy_all(targets, [piece.of(self._parts) for piece in group])
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -352,6 +353,11 @@ def wide(tensor: Tensor) -> torch.dtype:
     if tensor.device.type == "mps":
         return torch.complex64 if tensor.is_complex() else torch.float32
     return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+def of_parts(parts: list[Tensor]) -> Fill:
+    """Return what writes pieces of these parts to other tensors."""
+    return lambda targets, group: copy_all(targets, [piece.of(parts) for piece in group])
 
 
 def check_outlines(found: list[list[Any]]) -> None:

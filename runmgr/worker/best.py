@@ -11,7 +11,7 @@ import torch
 
 from runmgr.disk.checkpoints import Mode, is_better
 from runmgr.errors import CheckpointCorrupt, InvalidInput
-from runmgr.worker.averaging import Average, ExponentialAverage, check_outlines, wide
+from runmgr.worker.averaging import Average, ExponentialAverage, check_outlines, of_parts, wide
 from runmgr.worker.fusing import ExactSum, copied_if_finite, copy_all, empty_parts
 from runmgr.worker.members import Member, are_same_bits, same_bits
 from runmgr.worker.staging import map_tensors
@@ -251,7 +251,7 @@ class BestAverage(Average):
     def _gathered(self, member: Member, *, keep: bool) -> Weights:
         """Return all of a member's weights, on the CPU of the ranks that `keep`. Every rank."""
         parts = member.weights or []
-        found = self._whole(lambda group: [piece.of(parts) for piece in group], self._dtypes(), keep=keep)
+        found = self._whole(of_parts(parts), self._dtypes(), keep=keep)
         return found | map_tensors(member.others, lambda tensor: tensor.cpu()) if keep else {}
 
     def _dtypes(self) -> Mapping[str, torch.dtype]:
@@ -317,9 +317,9 @@ class BestAverage(Average):
                     f"no member of the average is left: {problem}", path=str(member.path), reason=problem
                 )
 
-    def _results(self, group: list[Piece]) -> list[Tensor]:
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
         assert self._sum is not None
-        return self._sum.mean(group, len(self.members))
+        self._sum.mean_into(targets, group, len(self.members))
 
     def _newest_others(self) -> Mapping[str, Any]:
         newest = max(self.members, key=lambda member: member.number)

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from runmgr.worker.sharding import Piece
 
 _logger = logging.getLogger("runmgr.average")
-# What is converted at a time: on a CPU it stays in a core's cache, on a GPU in the device's.
+# What is worked on at a time stays in a core's cache, and is what torch gives to one thread; on a GPU, in the device's cache.
 _BLOCK_BYTES = {"cpu": 256 << 10, "cuda": 32 << 20}
+
+
+def _block_bytes(place: str) -> int:
+    return _BLOCK_BYTES["cuda" if place == "cuda" else "cpu"]
 
 
 class Pairing:
@@ -69,7 +73,7 @@ class _Block:
     def __init__(self, kind: _Kind) -> None:
         self.kind = kind
         place = kind.device if kind.device == kind.source else torch.device("cuda")
-        self.room = _BLOCK_BYTES.get(place.type, _BLOCK_BYTES["cpu"]) // kind.dtype.itemsize
+        self.room = _block_bytes(place.type) // kind.dtype.itemsize
         self.targets: list[Tensor] = []
         self.sources: list[Tensor] = []
         self.lengths: list[int] = []
@@ -102,38 +106,70 @@ class ExactSum:
     @torch.no_grad()
     def add(self, values: list[Tensor], sign: int = 1) -> None:
         """Add flat tensors of any precision, or with sign -1 subtract them."""
-        for group in _cut(self._sums, [part.device for part in [*self._sums, *values]]):
-            sums, rests, given = (
-                [parts[number][place] for number, place in group] for parts in (self._sums, self._rests, values)
-            )
-            new = [torch.empty_like(part) for part in sums]
-            copy_all(new, given)
-            torch._foreach_mul_(new, sign)
-            total = list(torch._foreach_add(sums, new))
-            taken = list(torch._foreach_sub(total, sums))  # what came in of the new ones
+        scratch = _Scratch()
+        for group in _cut(self._sums, values):
+            sums, rests, given = (_places(parts, group) for parts in (self._sums, self._rests, values))
+            new, old = scratch.copies(0, given, sums), scratch.copies(1, sums, sums)
+            if sign < 0:
+                torch._foreach_neg_(new)
+            torch._foreach_add_(sums, new)
+            taken = scratch.copies(2, sums, sums)
+            torch._foreach_sub_(taken, old)  # what came in of the new ones
             torch._foreach_sub_(new, taken)
-            torch._foreach_sub_(taken, total)
-            torch._foreach_add_(taken, sums)
-            torch._foreach_add_(new, taken)  # (new - taken) + (sums - (total - taken))
-            copy_all(sums, total)
-            copy_all(taken, rests)
-            torch._foreach_add_(taken, new)
-            copy_all(rests, taken)
+            torch._foreach_sub_(taken, sums)
+            torch._foreach_add_(taken, old)
+            torch._foreach_add_(new, taken)  # (new - taken) + (old - (sums - taken))
+            torch._foreach_add_(rests, scratch.copies(3, new, rests))
 
-    def mean(self, pieces: list[Piece], count: int) -> list[Tensor]:
-        """Return the sums of some elements, divided."""
+    def mean_into(self, targets: list[Tensor], pieces: list[Piece], count: int) -> None:
+        """Write the sums of some elements, divided, to tensors of their own dtypes."""
         sums, rests = ([piece.of(parts) for piece in pieces] for parts in (self._sums, self._rests))
-        total = [torch.empty_like(part) for part in sums]
-        copy_all(total, rests)
-        torch._foreach_add_(total, sums)
-        torch._foreach_div_(total, count)
-        return total
+        scratch = _Scratch()
+        for group in _cut(sums, targets):
+            total = scratch.copies(0, _places(rests, group), _places(sums, group))
+            torch._foreach_add_(total, _places(sums, group))
+            torch._foreach_div_(total, count)
+            copy_all(_places(targets, group), total)
 
 
-def _cut(parts: list[Tensor], devices: list[torch.device]) -> Iterator[list[tuple[int, slice]]]:
-    """Cut flat tensors into groups of a block's size."""
-    place = "cuda" if any(device.type == "cuda" for device in devices) else "cpu"
-    size = room = _BLOCK_BYTES[place] // torch.float64.itemsize
+def quotients_into(targets: list[Tensor], sums: list[Tensor], count: int) -> None:
+    """Write sums, divided, to flat tensors of other dtypes."""
+    scratch = _Scratch()
+    for group in _cut(sums, targets):
+        found = scratch.copies(0, _places(sums, group), _places(sums, group))
+        torch._foreach_div_(found, count)
+        copy_all(_places(targets, group), found)
+
+
+class _Scratch:
+    """Memory for one block, used again for the next: on a CPU touching fresh memory costs many times what a copy does."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def copies(self, name: int, values: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        """Return copies of the values, in the dtypes and on the devices of the others; the same name, the same memory."""
+        found, used = [], dict.fromkeys([(part.device, part.dtype) for part in like], 0)
+        for part in like:
+            kind = part.device, part.dtype
+            key = (name, *kind)
+            if key not in self._memory or len(self._memory[key]) < used[kind] + len(part):
+                needed = sum(len(other) for other in like if (other.device, other.dtype) == kind)
+                self._memory[key] = torch.empty(needed, dtype=part.dtype, device=part.device)
+            found.append(self._memory[key][used[kind] : used[kind] + len(part)])
+            used[kind] += len(part)
+        copy_all(found, values)
+        return found
+
+
+def _places(parts: list[Tensor], group: list[tuple[int, slice]]) -> list[Tensor]:
+    return [parts[number][place] for number, place in group]
+
+
+def _cut(parts: list[Tensor], others: list[Tensor]) -> Iterator[list[tuple[int, slice]]]:
+    """Cut flat tensors, which are to meet others, into groups of a block's size."""
+    place = "cuda" if any(part.is_cuda for part in [*parts, *others]) else "cpu"
+    size = room = _block_bytes(place) // torch.float64.itemsize
     group: list[tuple[int, slice]] = []
     for number, part in enumerate(parts):
         start = 0
@@ -170,7 +206,7 @@ def copied_if_finite(targets: list[Tensor], sources: list[Tensor]) -> bool:
 
 
 def _copied_if_finite(target: Tensor, source: Tensor) -> bool:
-    length = _BLOCK_BYTES["cpu"] // source.element_size()
+    length = _block_bytes("cpu") // source.element_size()
     sums = []
     for to, part in zip(torch.split(target, length), torch.split(source, length), strict=True):
         to.copy_(part)

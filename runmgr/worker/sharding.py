@@ -91,29 +91,31 @@ class Layout:
 
     def share(
         self,
-        values: Callable[[list[Piece]], list[Tensor]],
+        fill: Callable[[list[Tensor], list[Piece]], object],
         targets: list[Tensor] | None,
         dtypes: list[torch.dtype],
         device: torch.device,
     ) -> None:
         """Bring everybody's elements into the `targets`, flat and whole, of every rank that gives some. Every rank.
 
-        `values` returns what lies in pieces of this rank's own. A few megabytes travel at a time; a shard of a DTensor
-        does not travel.
+        `fill` writes what lies in pieces of this rank's own to tensors of these `dtypes`. A few megabytes travel at a time; a
+        shard of a DTensor does not travel.
         """
         world = self.ranks.world_size
         limit = _BUCKET_BYTES.get(device.type, _BUCKET_BYTES["cpu"])
-        carrier = device if world == 1 else _carrier(device)
-        for rank in range(world):
-            for group in _groups(self.pieces(rank), dtypes, limit):
-                found = values(group) if rank == self.ranks.rank else []
-                if world > 1:
-                    found = _broadcast(found, group, dtypes, rank, carrier)
-                if targets is not None:
-                    _copy_into(targets, group, found)
-        for group in _groups(self.mine[self.travelling :], dtypes, limit):
-            if targets is not None:
-                _copy_into(targets, group, values(group))
+        if world > 1:
+            carrier = _carrier(device)
+            for rank in range(world):
+                for group in _groups(self.pieces(rank), dtypes, limit):
+                    bucket, views = _bucket(group, dtypes, carrier)
+                    if rank == self.ranks.rank:
+                        fill(views, group)
+                    dist.broadcast(bucket, src=rank)
+                    if targets is not None:
+                        copy_all(_slices(targets, group), views)
+        staying = self.mine[self.travelling if world > 1 else 0 :]
+        if targets is not None and staying:
+            fill(_slices(targets, staying), staying)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -167,23 +169,19 @@ def _groups(pieces: list[Piece], dtypes: list[torch.dtype], limit_bytes: int) ->
         yield group
 
 
-def _broadcast(
-    found: list[Tensor], group: list[Piece], dtypes: list[torch.dtype], rank: int, device: torch.device
-) -> list[Tensor]:
-    """Give one rank's elements to all, as bytes, since not every backend knows every dtype."""
+def _bucket(group: list[Piece], dtypes: list[torch.dtype], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Return memory for the elements of a group, as bytes, which every backend can send, and as they are."""
     views, position = [], 0
     sizes = [(piece.stop - piece.start) * dtypes[piece.tensor].itemsize for piece in group]
     bucket = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=device)
     for piece, size in zip(group, sizes, strict=True):
         views.append(bucket[position : position + size].view(dtypes[piece.tensor]))
         position += _aligned(size)
-    copy_all(views[: len(found)], found)  # of the rank that sends
-    dist.broadcast(bucket, src=rank)
-    return views
+    return bucket, views
 
 
-def _copy_into(targets: list[Tensor], group: list[Piece], found: list[Tensor]) -> None:
-    copy_all([targets[piece.tensor][piece.start : piece.stop] for piece in group], found)
+def _slices(targets: list[Tensor], group: list[Piece]) -> list[Tensor]:
+    return [targets[piece.tensor][piece.start : piece.stop] for piece in group]
 
 
 def _carrier(device: torch.device) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -263,3 +264,33 @@ def test_what_is_not_finite_on_any_rank_enters_on_none():
         return first, second, len(average.members), average.averaged_state_dict()["weight"].isfinite().all().item()
 
     assert values(run_ranks(2, average, store="group")) == [(True, False, 1, True)] * 2
+
+
+def train_or_die(rank, kind, dies_at):
+    torch.manual_seed(0)
+    model = Mixed()
+    average = KINDS[kind](model)
+    faded = getattr(average, "faded", None)
+    state = {"net": model, "average": average} | ({"faded": faded} if faded else {})
+    with runmgr.start_run("x", keep=runmgr.Keep(last=1), resume="latest") as run:
+        progress = run.restore(state)
+        for epoch in range(progress.epoch, len(METRICS)):
+            shake(model, epoch, rank)
+            update(average, METRICS[epoch])
+            if epoch == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            average.averaged_state_dict()
+            run.save(state, epoch=epoch + 1)
+        run.save_average(average)
+        return str(run.path("average")), progress.epoch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_epoch_an_average_ends_with_the_same_bits(kind):
+    expected, _ = average_all(0, kind)
+    for epoch in range(len(METRICS)):
+        died = run_ranks(1, train_or_die, kind, epoch)
+        assert [outcome.signal for outcome in died] == [signal.SIGKILL], died
+    ((path, started_at),) = values(run_ranks(1, train_or_die, kind, None))
+    assert started_at == len(METRICS) - 1
+    assert_same_bits(torch.load(path, weights_only=True)["net"], expected)
