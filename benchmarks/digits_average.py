@@ -22,14 +22,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     given = parser.parse_args()
     pairs = []
-    print("| seed | last epoch, % | average of the ten best, % |")
-    print("|---|---|---|")
+    print("seed   last epoch, %   average of the ten best, %")
     for seed in range(given.seeds):
         with tempfile.TemporaryDirectory() as root:
             pairs.append(_train(seed, given, root))
-        print(f"| {seed} | {pairs[-1][0]:.2f} | {pairs[-1][1]:.2f} |", flush=True)
+        print(f"{seed:<7}{pairs[-1][0]:<16.2f}{pairs[-1][1]:.2f}", flush=True)
     last, averaged = (statistics.mean(column) for column in zip(*pairs, strict=True))
-    print(f"| mean | {last:.2f} | {averaged:.2f} |")
+    print(f"mean   {last:<16.2f}{averaged:.2f}")
 
 
 def _train(seed: int, given: argparse.Namespace, root: str) -> tuple[float, float]:

@@ -19,17 +19,17 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 ELEMENTS = 64
 
 
-def model_of(dtype):
-    return nn.ParameterDict({"w": nn.Parameter(torch.zeros(ELEMENTS, dtype=dtype))})
+def model_of(dtype, elements=ELEMENTS):
+    return nn.ParameterDict({"w": nn.Parameter(torch.zeros(elements, dtype=dtype))})
 
 
-def states(dtype, count, *, apart=1e6):
-    """States whose sizes lie up to `apart` from each other, the greatest ones first, with both signs."""
+def states(dtype, count, elements=ELEMENTS, *, apart=1e6):
+    """States whose sizes lie up to `apart` from each other, the last twenty the smallest, with both signs."""
     random = torch.Generator().manual_seed(0)
     greatest = 6e4 / 8 if dtype == torch.float16 else 1e3  # float16 ends at 65504
     for number in range(count):
-        size = greatest * (1 if number < count // 2 else apart ** -((number % 7) / 6))
-        yield (torch.randn(ELEMENTS, generator=random, dtype=torch.float64) * size).to(dtype)
+        size = greatest * (apart ** -((number % 7) / 6) if number < count - 20 else 1 / apart)
+        yield (torch.randn(elements, generator=random, dtype=torch.float64) * size).to(dtype)
 
 
 def exact_mean(tensors):
@@ -50,9 +50,9 @@ def test_a_running_mean_of_ten_thousand_states_is_the_exact_one_to_one_ulp(dtype
 
 @DTYPES
 def test_the_sum_of_the_best_has_lost_nothing_after_a_thousand_evictions(dtype):
-    model = model_of(dtype)
+    model = model_of(dtype, 8192)
     average = BestAverage(model, k=10)
-    seen = list(states(dtype, 1_010))
+    seen = list(states(dtype, 1_010, 8192))
     for number, state in enumerate(seen):
         model["w"].data.copy_(state)
         assert average.update(float(number))
