@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from runmgr.run import Progress, Run
     from runmgr.start import start_run
     from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+    from runmgr.worker.batchnorm import recalibrate_batch_norm
     from runmgr.worker.best import BestAverage
     from runmgr.worker.saving import SaveHandle
     from runmgr.worker.state import per_rank
@@ -64,6 +65,7 @@ _HOMES = {
     "runmgr.run": ("Progress", "Run"),
     "runmgr.start": ("start_run",),
     "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
+    "runmgr.worker.batchnorm": ("recalibrate_batch_norm",),
     "runmgr.worker.best": ("BestAverage",),
     "runmgr.worker.saving": ("SaveHandle",),
     "runmgr.worker.state": ("per_rank",),
@@ -74,7 +76,8 @@ __all__ = [  # sorted by a test, without the version
     "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "ExponentialAverage",
     "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy",
     "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "Superseded", "best_run",
-    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank", "start_run",
+    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank",
+    "recalibrate_batch_norm", "start_run",
 ]  # fmt: skip
 
 

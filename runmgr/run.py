@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from torch import nn
-
 from runmgr.disk import integrity, record
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
@@ -153,6 +151,8 @@ class Run:
         def take() -> gathering.Gathering:
             self._check_save(state, epoch, step)
             saving.plain_metrics(metrics)
+            if self._saver is not None:
+                self._saver.collect()
             return gathering.Gathering(state)
 
         def write(found: gathering.Gathering) -> None:
@@ -160,8 +160,7 @@ class Run:
             self.tensorboard.flush()
             handle = self._saver.save(
                 found.content,
-                found.averages,
-                model_keys={key: _key_of_model(state, average) for key, average in found.averages.items()},
+                found.held,
                 facts={"epoch": epoch, "step": step, "metrics": saving.plain_metrics(metrics)},
                 rng=found.rng,
                 logged=self.tensorboard.last_step,
@@ -239,10 +238,11 @@ class Run:
     def save_average(self, average: Average) -> Path:
         """Write the average as `average_model.pth`: {"net": …, "members": …}, durable on return. Every rank."""
         self._check_open()
+        weights = average.whole(keep=self.is_main)
 
         def decide(_: list[Any]) -> None:
             assert self._saver is not None
-            self._saver.save_average(average)
+            self._saver.save_average(average, weights)
 
         self._agreement.agree(f"save the average in {self.run_dir}", decide)
         return self.path("average")
@@ -396,9 +396,3 @@ def _tensorboard(directory: RunDirectory, writer: Writer, config: dict[str, Any]
     """Return what begins its events file, once there is something to write, with what the run is."""
     facts = writer.record.content | writer.attempt.content
     return logs.TensorBoard(directory.path, lambda: introduction.summaries(config, facts), is_new=writer.is_new)
-
-
-def _key_of_model(state: Mapping[str, Any], average: Average) -> str:
-    """Return the key under which the model of an average is saved, or nothing."""
-    modules = ((key, value) for key, value in state.items() if isinstance(value, nn.Module))
-    return next((key for key, value in modules if states.unwrap(value) is average.model), "")

@@ -82,3 +82,19 @@ def test_links_between_documents_lead_somewhere(document):
 def test_python_blocks_are_valid(document):
     for block in _blocks(document.read_text(), "python"):
         compile(block, str(document), "exec")
+
+
+def test_the_example_of_the_averages_prints_what_it_says(tmp_path):
+    (code,) = _blocks((REPOSITORY / "docs/averages.md").read_text(), "python")
+    script = tmp_path / "average.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "loss is finite: True\nTrue\n"

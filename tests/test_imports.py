@@ -41,7 +41,7 @@ HOMES = {
     "worker/loading.py": {"torch.load"},
     "worker/agreement.py": {"dist.*", "TCPStore"},
     "worker/state.py": {"dist.*"},
-    "worker/averaging.py": {"dist.*"},
+    "worker/sharding.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},
     "relay.py": {"signal.signal", "dist.*"},  # torchrun's main
     "examples": {"dist.*"},  # a user's script, which opens its own process group

@@ -18,6 +18,7 @@ from runmgr.errors import RunError
 PROMISED = {
     "start_run", "Run", "Progress", "SaveHandle", "Keep", "Checkpoint", "BestAverage", "RunningAverage", "ExponentialAverage",
     "list_runs", "get_run", "best_run", "get_latest_run_id", "get_checkpoints_dir_path", "list_experiments", "RunInfo",
+    "recalibrate_batch_norm",
 }  # fmt: skip
 
 
@@ -89,7 +90,8 @@ SIGNATURES = {
     "Run.path": "self, name",
     "BestAverage": "model, k=10, *, mode='max'",
     "RunningAverage": "model",
-    "ExponentialAverage": "model, decay=0.999",
+    "ExponentialAverage": "model, decay=0.999, *, warmup=0",
+    "recalibrate_batch_norm": "model, loader",
     "Keep": "*, last=1, best=1, epochs=(), every_n_epochs=None, every_n_steps=None",
     "get_latest_run_id": "experiment_name, ckpt_root_dir=None, *, checkpoints_root_dir=None",
     "get_checkpoints_dir_path": "experiment_name, ckpt_root_dir=None, run_id=None, *, checkpoints_root_dir=None",

@@ -1,210 +1,351 @@
 """Averages of a model's weights: of all its states, or exponentially fading; of its k best states in `best.py`.
 
-They live on the model's own device, and on rank 0 only: the ranks of a data-parallel training hold the same
-parameters, and `averaged_state_dict()` hands rank 0's result to all. Floating-point parameters and buffers are
-averaged; integer and boolean buffers come from the newest member.
+They live on the model's own device. Each rank keeps and updates its share of them, see `sharding.py`: what is done to an
+element does not depend on where that is done, so the result has the same bits however many ranks there are.
+Floating-point parameters and buffers are averaged; integer and boolean buffers come from the newest member.
 """
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement
+from runmgr.worker.fusing import Pairing, copy_all, empty_parts, quotients_into, set_zero
+from runmgr.worker.sharding import Layout, Piece, check_group, dense_like, dense_stride, flat
+from runmgr.worker.source import Source, check_same, is_averaged
 from runmgr.worker.staging import map_tensors, mapping_like
-from runmgr.worker.state import load_module_state, module_state, unwrap
+from runmgr.worker.state import load_module_state, local_part, module_state, unwrap, with_local_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor, nn
 
     Weights = dict[str, Tensor]
+    Fill = Callable[[list[Tensor], list[Piece]], object]
 
 
 class Average:
-    """What the three kinds share: how the result reaches all ranks, and how it is tried out on the model."""
+    """What the three kinds share: how the ranks' parts become one result, and how it is tried out on the model."""
+
+    keeps_copies = True  # what `load_state_dict` is given may be a file's own pages
 
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
-        self._others: Weights = {}
+        self._found: Source | None = None
 
     def averaged_state_dict(self) -> Weights:
-        """Return the average as a state dict of the bare model: its keys, dtypes and device. Every rank."""
+        """Return the average as a state dict of the bare model: its keys, dtypes and device. Every rank.
+
+        A sharded model (FSDP2) gets shards, like those that its own state dict has.
+        """
+        self._meet("compute the average")
         own = module_state(self.model)
-        ranks = agreement.current_ranks()
-        result: Weights = mapping_like(own, {})
-
-        def compute(_: list[Any]) -> None:
-            result.update(self._compute(own))
-
-        if ranks.world_size == 1:
-            compute([])
-            return result
-        if not dist.is_initialized():
-            raise RunError(
-                f"{ranks.source} say that {ranks.world_size} ranks run, but there is no process group to send the average "
-                f"over; call torch.distributed.init_process_group() first"
-            )
-        agreement.shared().agree("compute the average", compute)
-        for key, tensor in own.items():
-            value = result[key] if ranks.is_main else torch.empty_like(tensor)
-            result[key] = _broadcast(value)
+        result: Weights = mapping_like(own, dict(own))
+        for key in self._source.layout.keys:
+            result[key] = with_local_part(own[key], dense_like(local_part(own[key])))
+        self._share([flat(local_part(result[key])) for key in self._source.layout.keys], own)
+        result.update(self._shared_others(own))
         return result
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the average into the model for the block, for validation, and the model's own weights back after it.
+        """Put the average into the model's own tensors for the block, and the model's own weights back after it.
 
-        Every rank.
+        Every rank; they meet at the beginning only. The own weights are kept beside on each rank meanwhile, in host memory
+        where its device has no room.
         """
-        averaged = self.averaged_state_dict()
-        own = map_tensors(module_state(self.model), lambda tensor: tensor.detach().clone())
-        load_module_state(self.model, averaged)
+        self._meet("compute the average")
+        own = module_state(self.model)
+        kept = map_tensors(own, _set_aside)
         try:
+            if self._source.writes_through:
+                self._share([flat(local_part(own[key])) for key in self._source.layout.keys], own)
+                _write(own, self._shared_others(own))
+            else:
+                load_module_state(self.model, self.averaged_state_dict())
             yield
         finally:
-            load_module_state(self.model, own)
+            if self._source.writes_through:
+                _write(module_state(self.model), kept)
+            else:
+                load_module_state(self.model, kept)
+
+    def whole(self, *, keep: bool) -> Weights:
+        """Return the average for a file: all of each tensor, on the CPU. Every rank; those that do not `keep` get nothing."""
+        self._meet("compute the average")
+        own = module_state(self.model)
+        dtypes = {key: own[key].dtype for key in self._source.layout.keys}
+        found = self._whole(self._fill, dtypes, keep=keep)
+        if not keep:
+            return {}
+        others = map_tensors(self._newest_others(), lambda tensor: tensor.detach().to("cpu", copy=True))
+        return mapping_like(own, {key: (found | others)[key] for key in own})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to go on with this average. Rank 0's counts."""
+        """Return what a checkpoint needs to go on with this average. Every rank; rank 0's is whole."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Every rank; only rank 0 keeps it."""
+        """Go on from a `state_dict`, of however many ranks. Every rank."""
         raise NotImplementedError
 
     def describe(self) -> list[dict[str, Any]]:
-        """Say what the average is made of, as plain data. Rank 0's counts."""
+        """Say what the average is made of, as plain data."""
         raise NotImplementedError
 
-    def _compute(self, own: Weights) -> Weights:
-        raise NotImplementedError
+    def must_gather(self) -> bool:
+        """Whether other ranks hold parts of it."""
+        return self._source.ranks.world_size > 1 or self._source.layout.has_shards
+
+    @property
+    def _source(self) -> Source:
+        if self._found is None:
+            self._found = Source(self.model, self._dtype_for)
+        return self._found
 
     @property
     def _is_main(self) -> bool:
-        return agreement.current_ranks().is_main
+        return self._source.ranks.is_main
 
-    def _snapshot_others(self) -> None:
-        """Remember the buffers that have no average: the newest member's are the ones to keep."""
-        self._others = {
-            key: tensor.detach().clone() for key, tensor in module_state(self.model).items() if not is_averaged(tensor)
+    def _dtype_for(self, tensor: Tensor) -> torch.dtype:
+        """Return the dtype to accumulate in."""
+        return wide(tensor)
+
+    def _check(self) -> None:
+        """Raise InvalidInput when there is nothing to average yet."""
+        raise NotImplementedError
+
+    def _counts(self) -> list[Any]:
+        """Return, as plain data, what of this kind of average must be the same on all ranks."""
+        raise NotImplementedError
+
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        """Write the average of these elements, which this rank keeps, to tensors of any dtypes."""
+        raise NotImplementedError
+
+    def _newest_others(self) -> Mapping[str, Any]:
+        """Return what is not averaged, as the newest member has it. Rank 0's counts."""
+        raise NotImplementedError
+
+    def outline(self) -> list[Any]:
+        """Return, as plain data, what must be the same on all ranks; raises when this rank cannot take part."""
+        ranks, now = self._source.ranks, agreement.current_ranks()
+        if (ranks.rank, ranks.world_size) != (now.rank, now.world_size):
+            raise RunError(
+                f"the average was begun on rank {ranks.rank} of {ranks.world_size}, and this is rank {now.rank} of "
+                f"{now.world_size} now; make averages after torch.distributed.init_process_group()"
+            )
+        check_group(ranks)
+        shapes = repr({key: outline[0] for key, outline in self._source.outlines.items()})
+        return [type(self).__name__, hashlib.sha256(shapes.encode()).hexdigest()[:8], *self._counts()]
+
+    def _meet(self, what: str) -> None:
+        """Come together before anything is sent: what is wrong on one rank raises the same error on all."""
+
+        def contribute() -> list[Any]:
+            self._check()
+            return self.outline()
+
+        self._agree(what, check_outlines, contribute)
+
+    def _agree(self, what: str, decide: Callable[[list[Any]], Any], contribute: Callable[[], Any]) -> Any:
+        if agreement.current_ranks().world_size == 1:
+            return decide([contribute()])
+        return agreement.shared().agree(what, decide, contribute)
+
+    def _share(self, targets: list[Tensor], own: Weights) -> None:
+        layout = self._source.layout
+        layout.share(self._fill, targets, [own[key].dtype for key in layout.keys], _device_of(own))
+
+    def _shared_others(self, own: Weights) -> Weights:
+        """Return what is not averaged; what is no tensor is each rank's own."""
+        others = self._newest_others()
+        if self._source.ranks.world_size == 1:
+            return {key: map_tensors(value, _copy) for key, value in others.items()}
+        tensors = {
+            key: value for key, value in own.items() if isinstance(value, torch.Tensor) and not is_averaged(value)
         }
+        layout = Layout(tensors, (), {key: tensor.dtype for key, tensor in tensors.items()}, self._source.ranks)
+        found = {key: dense_like(tensor) for key, tensor in tensors.items()}
+        sent = layout.views({key: others[key] for key in tensors}) if self._is_main else []
+        layout.share(
+            of_parts(sent),
+            [flat(tensor) for tensor in found.values()],
+            [tensor.dtype for tensor in found.values()],
+            _device_of(own),
+        )
+        return found
+
+    def _whole(self, fill: Fill, dtypes: Mapping[str, torch.dtype], *, keep: bool) -> Weights:
+        """Bring all parts together on the CPU of the ranks that `keep`."""
+        own, layout = module_state(self.model), self._source.layout
+        found = {key: dense_like(local_part(own[key]), dtypes[key], "cpu") for key in layout.keys} if keep else {}
+        targets = [flat(tensor) for tensor in found.values()] if keep else None
+        layout.share(fill, targets, [dtypes[key] for key in layout.keys], _device_of(own))
+        for piece in layout.mine[layout.travelling :]:
+            key = layout.keys[piece.tensor]
+            local = dense_like(local_part(own[key]), dtypes[key])
+            fill([flat(local)], [piece])
+            full = with_local_part(own[key], local).full_tensor()  # type: ignore[attr-defined]
+            if keep:
+                found[key] = full.cpu()
+        return found
 
 
-class RunningAverage(Average):
-    """The mean of the model's states at all updates, each with the same weight: stochastic weight averaging.
+class Accumulated(Average):
+    """An average that is kept in one accumulator, from update to update."""
 
-    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization". Sums are float64.
-    """
+    _name = ""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.count = 0
-        self._sums: Weights = {}
+        self._parts: list[Tensor] = []
+        self._others: Mapping[str, Any] = {}
+        self._paired: tuple[list[Tensor], Pairing] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the accumulators in their own precision, the newest integer buffers and the count.
+
+        Every rank; rank 0's is whole, the others' empty. Of one rank alone it shares the average's memory.
+        """
+        if self.must_gather():
+            self._agree("gather the average", check_outlines, self.outline)
+            return self.gathered(keep=self._is_main)
+        own, layout = module_state(self.model), self._source.layout
+        parts = {layout.keys[piece.tensor]: part for piece, part in zip(layout.mine, self._parts, strict=False)}
+        found = {
+            key: parts[key].as_strided(own[key].shape, dense_stride(own[key]))
+            if key in parts
+            else dense_like(own[key], self._source.dtypes[key])  # it has no elements
+            for key in layout.keys
+        }
+        return {"count": self.count, self._name: found if self._parts else {}, "others": self._others}
+
+    def gathered(self, *, keep: bool) -> dict[str, Any]:
+        """Return `state_dict` on the ranks that `keep`, on the CPU. Every rank, once all have said that they can."""
+        found = self._whole(of_parts(self._parts), self._source.dtypes, keep=keep)
+        others = map_tensors(self._others, lambda tensor: tensor.cpu())
+        return {"count": self.count, self._name: found, "others": others}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, of however many ranks, on the model's device. Every rank."""
+        self.count, self._paired = state["count"], None
+        self._parts = []
+        if not state[self._name]:
+            return
+        shapes = {key: tuple(tensor.shape) for key, tensor in state[self._name].items()}
+        check_same({key: outline[0] for key, outline in self._source.outlines.items()}, shapes, "the saved average")
+        self._allocate()
+        copy_all(self._parts, self._source.parts_of(state[self._name]))
+        if self._is_main:
+            device = _device_of(module_state(self.model))
+            self._others = map_tensors(state["others"], lambda tensor: tensor.to(device, copy=True))
+
+    def _allocate(self) -> None:
+        layout = self._source.layout
+        dtypes = [self._source.dtypes[layout.keys[piece.tensor]] for piece in layout.mine]
+        self._parts = empty_parts(self._source.views(), dtypes)
+
+    def _pairing(self) -> Pairing:
+        """Return the accumulators beside the model's present memory."""
+        views = self._source.views()
+        if self._paired is None or self._paired[0] is not views:
+            if self._paired is not None and [view.device for view in self._paired[0]] != [
+                view.device for view in views
+            ]:
+                parts = self._parts
+                self._allocate()
+                copy_all(self._parts, parts)
+            self._paired = views, Pairing(self._parts, views)
+        return self._paired[1]
+
+    def _counts(self) -> list[Any]:
+        return [self.count]
+
+    def _newest_others(self) -> Mapping[str, Any]:
+        return self._others
+
+
+class RunningAverage(Accumulated):
+    """The mean of the model's states at all updates, each with the same weight: stochastic weight averaging.
+
+    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization". Sums are float64. For the
+    average of some epochs call `update()` at their ends only. It takes weights as they are, also those that are not finite.
+    """
+
+    _name = "sums"
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the model's present state. Every rank, or rank 0 alone: it does not communicate."""
+        """Add the model's present state. Every rank: each adds its share, and none waits for another."""
+        if not self._parts:
+            self._allocate()
+            set_zero(self._parts)
+        self._pairing().apply(torch._foreach_add_)  # the multi-tensor kernels have no public name
+        self._others = self._source.others()
         self.count += 1
-        if not self._is_main:
-            return
-        own = {key: tensor for key, tensor in module_state(self.model).items() if is_averaged(tensor)}
-        if not self._sums:
-            self._sums = {key: torch.zeros_like(tensor, dtype=wide(tensor)) for key, tensor in own.items()}
-        torch._foreach_add_(  # the multi-tensor kernels have no public name
-            [self._sums[key] for key in own], [tensor.to(wide(tensor)) for tensor in own.values()]
-        )
-        self._snapshot_others()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return sums (float64), the newest integer buffers and the count."""
-        return {"count": self.count, "sums": self._sums, "others": self._others}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, on the model's device."""
-        self.count = state["count"]
-        if self._is_main:
-            self._sums = like(self.model, state["sums"])
-            self._others = like(self.model, state["others"])
 
     def describe(self) -> list[dict[str, Any]]:
         """Say how many states were averaged."""
         return [{"states": self.count}]
 
-    def _compute(self, own: Weights) -> Weights:
+    def _check(self) -> None:
         if not self.count:
             raise InvalidInput("nothing to average yet: call update() first")
-        return {
-            key: (self._sums[key] / self.count).to(tensor.dtype) if is_averaged(tensor) else self._others[key].clone()
-            for key, tensor in own.items()
-        }
+
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        quotients_into(targets, [piece.of(self._parts) for piece in group], self.count)
 
 
-class ExponentialAverage(Average):
+class ExponentialAverage(Accumulated):
     """An average that forgets: `average.lerp_(parameter, 1 - decay)` at each update, from the weights at construction.
 
-    Parameters of 16 bits are averaged in float32, others in their own precision.
+    With `warmup` the nth update, counted from 0, has the decay `min(decay, (1 + n) / (warmup + n))`, so that the random
+    weights of the beginning are soon forgotten; 10 is the usual number, from the `num_updates` of TensorFlow's
+    `tf.train.ExponentialMovingAverage`. Parameters of 16 bits are averaged in float32, others in their own precision.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
+    _name = "averages"
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, *, warmup: float = 0) -> None:
         super().__init__(model)
         if not 0 <= decay < 1:
             raise InvalidInput(f"decay={decay!r} must be at least 0 and below 1, such as 0.999")
+        if not 0 <= warmup < float("inf"):
+            raise InvalidInput(f"warmup={warmup!r} must be at least 0, which means none, such as 10")
         self.decay = decay
-        self.count = 0
-        self._averages: Weights = {}
-        if self._is_main:
-            self._averages = {
-                key: tensor.detach().to(_full(tensor), copy=True)
-                for key, tensor in module_state(self.model).items()
-                if is_averaged(tensor)
-            }
-            self._snapshot_others()
+        self.warmup = warmup
+        self._allocate()
+        self._pairing().apply(torch._foreach_copy_)
+        self._others = self._source.others()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the model's present state. Every rank, or rank 0 alone: it does not communicate."""
+        """Move the average towards the model's present state. Every rank: each its share, and none waits for another."""
+        decay = min(self.decay, (1 + self.count) / (self.warmup + self.count)) if self.warmup else self.decay
+        self._pairing().apply(lambda averages, new: torch._foreach_lerp_(averages, new, 1 - decay))
+        self._others = self._source.others()
         self.count += 1
-        if not self._is_main:
-            return
-        own = {key: tensor for key, tensor in module_state(self.model).items() if key in self._averages}
-        torch._foreach_lerp_(  # the multi-tensor kernels have no public name
-            [self._averages[key] for key in own],
-            [tensor.to(self._averages[key].dtype) for key, tensor in own.items()],
-            1 - self.decay,
-        )
-        self._snapshot_others()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the averages, the newest integer buffers and the count."""
-        return {"count": self.count, "averages": self._averages, "others": self._others}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, on the model's device."""
-        self.count = state["count"]
-        if self._is_main:
-            self._averages = like(self.model, state["averages"])
-            self._others = like(self.model, state["others"])
 
     def describe(self) -> list[dict[str, Any]]:
         """Say the decay and how many updates there were."""
-        return [{"decay": self.decay, "updates": self.count}]
+        return [{"decay": self.decay, "warmup": self.warmup, "updates": self.count}]
 
-    def _compute(self, own: Weights) -> Weights:
-        return {
-            key: self._averages[key].to(tensor.dtype, copy=True) if is_averaged(tensor) else self._others[key].clone()
-            for key, tensor in own.items()
-        }
+    def _dtype_for(self, tensor: Tensor) -> torch.dtype:
+        return torch.float32 if tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
 
+    def _check(self) -> None:
+        """There is always something."""
 
-def is_averaged(tensor: Tensor) -> bool:
-    """Whether it has an average; of others the newest member's counts."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
+        copy_all(targets, [piece.of(self._parts) for piece in group])
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -214,19 +355,41 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.complex128 if tensor.is_complex() else torch.float64
 
 
-def _full(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
+def of_parts(parts: list[Tensor]) -> Fill:
+    """Return what writes pieces of these parts to other tensors."""
+    return lambda targets, group: copy_all(targets, [piece.of(parts) for piece in group])
 
 
-def like(model: nn.Module, weights: Mapping[str, Tensor]) -> Weights:
-    """Return copies of the weights on the devices where the model has them."""
-    own = module_state(model)
-    return {key: tensor.to(own[key].device, copy=True) for key, tensor in weights.items()}
+def check_outlines(found: list[list[Any]]) -> None:
+    """Raise InvalidInput unless the ranks' `outline`s are the same."""
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise InvalidInput(
+                f"an average is not the same on rank 0 ({found[0]}: kind, digest of the tensors, updates) and on rank "
+                f"{rank} ({other}); every rank must average the same model and call update() equally often"
+            )
 
 
-def _broadcast(tensor: Tensor) -> Tensor:
-    """Give rank 0's tensor to all; as bytes, since not every backend knows every dtype."""
-    content = tensor.detach().contiguous()
-    if content.numel():
-        dist.broadcast(content.reshape(-1).view(torch.uint8), src=0)
-    return content
+def _device_of(own: Weights) -> torch.device:
+    tensors = (value for value in own.values() if isinstance(value, torch.Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _set_aside(tensor: Tensor) -> Tensor:
+    """Copy this rank's part of a tensor, to host memory where its device has no room."""
+    local = local_part(tensor).detach()
+    try:
+        return with_local_part(tensor, local.clone())
+    except torch.OutOfMemoryError:
+        return with_local_part(tensor, local.cpu())
+
+
+@torch.no_grad()
+def _write(own: Weights, values: Mapping[str, Any]) -> None:
+    """Copy the values into the tensors of a state dict, which are the model's own."""
+    keys = [key for key in own if key in values and own[key].numel()]
+    copy_all([local_part(own[key]).detach() for key in keys], [local_part(values[key]) for key in keys])

@@ -6,11 +6,13 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import loading, saving
 from runmgr.worker import state as states
-from runmgr.worker.best import BestAverage
+from runmgr.worker.averaging import Accumulated, Average, check_outlines
+from runmgr.worker.best import BestAverage, Held
 from runmgr.worker.loadable import loadable
 from runmgr.worker.staging import identity, map_tensors, tensors_in
 
@@ -27,13 +29,20 @@ class Gathering:
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        averages = {key: value for key, value in state.items() if isinstance(value, BestAverage)}
+        averages = {key: value for key, value in state.items() if isinstance(value, Average)}
         own = {key: value.value for key, value in state.items() if isinstance(value, states.PerRank)}
-        self.averages: dict[str, BestAverage] = averages
+        self._best = {key: value for key, value in sorted(averages.items()) if isinstance(value, BestAverage)}
+        self._spread = {
+            key: value
+            for key, value in sorted(averages.items())
+            if isinstance(value, Accumulated) and value.must_gather()
+        }
+        self._source_keys = {key: _key_of_source(state, average) for key, average in self._best.items()}
+        self.held: dict[str, Held] = {}
         self.content = {
             key: loadable(states.state_of(value), key)
             for key, value in state.items()
-            if key not in averages and key not in own
+            if key not in self._best and key not in self._spread and key not in own
         }
         self._own = {key: loadable(states.state_of(value), key) for key, value in own.items()}
         found = {key: list(filter(states.is_sharded, tensors_in(self.content[key]))) for key in sorted(self.content)}
@@ -55,16 +64,33 @@ class Gathering:
             "rng": states.rng_state(),
             "own": {key: saving.packed(part) for key, part in self._own.items()},
             "sharded": {key: _outline(tensors) for key, tensors in self._sharded.items()},
+            "averages": {key: average.outline() for key, average in self._spread.items()},
+            "best": {key: average.held_for(self._source_keys[key]) for key, average in self._best.items()},
         }
 
-    def join(self, contributions: list[dict[str, Any]]) -> bool:
-        """Take in what the ranks have of their own; returns whether they must `make_whole`. Rank 0 only."""
+    def join(self, contributions: list[dict[str, Any]]) -> dict[str, Any]:
+        """Take in what the ranks have of their own; returns what all must know to `make_whole`. Rank 0 only."""
         for rank, contribution in enumerate(contributions):
             _check_same_shards(contributions[0]["sharded"], contribution["sharded"], rank)
+        check_outlines([list(entry["averages"].items()) for entry in contributions])
+        check_outlines([[(key, held["outline"]) for key, held in entry["best"].items()] for entry in contributions])
         self.rng = [entry["rng"] for entry in contributions]
         for key in self._own:
             self.content[key] = states.joined_per_rank([loading.unpacked(entry["own"][key]) for entry in contributions])
-        return bool(contributions[0]["sharded"])
+        best = {
+            key: average.join([entry["best"][key] for entry in contributions]) for key, average in self._best.items()
+        }
+        is_spread = (
+            contributions[0]["sharded"] or contributions[0]["averages"] or any(one["gather"] for one in best.values())
+        )
+        return {"is_spread": bool(is_spread), "best": best}
+
+    def hold(self, best: Mapping[str, Any], *, keep: bool) -> None:
+        """Bring together what is in memory of the best averages' members, if any is. Every rank."""
+        for key, average in self._best.items():
+            self.held[key] = average.held(self._source_keys[key], best[key], keep=keep)
+            for weights in self.held[key].weights.values():
+                self.private |= {identity(tensor) for tensor in tensors_in(weights)}
 
     def check_room(self) -> None:
         """Raise, before any rank waits for another, where the device cannot hold the greatest tensor whole."""
@@ -97,6 +123,9 @@ class Gathering:
         for key in self._sharded:
             self.content[key] = map_tensors(self.content[key], whole)
         self._sharded = {}
+        for key, average in self._spread.items():
+            self.content[key] = average.gathered(keep=keep)
+            self.private |= {identity(tensor) for tensor in tensors_in(self.content[key])}
         if failures:
             raise failures[0]
 
@@ -125,19 +154,35 @@ def gather(
         gatherings[0].check_room()
         return gatherings[0].contribution()
 
-    def decide(contributions: list[dict[str, Any]]) -> bool:
-        must_make_whole = gatherings[0].join(contributions)
-        if not must_make_whole:
+    def decide(contributions: list[dict[str, Any]]) -> dict[str, Any]:
+        joined = gatherings[0].join(contributions)
+        if not joined["is_spread"]:
+            gatherings[0].hold(joined["best"], keep=True)
             write(gatherings[0])
-        return must_make_whole
+        return joined
 
-    if agreement.agree(what, decide, contribute):
-        (gathering,) = gatherings
-        agreement.agree(
-            what,
-            lambda _: write(gathering),
-            lambda: gathering.make_whole(keep=agreement.ranks.is_main),
-        )
+    joined = agreement.agree(what, decide, contribute)
+    (gathering,) = gatherings
+    is_main = agreement.ranks.is_main
+
+    def make_whole() -> None:
+        gathering.hold(joined["best"], keep=is_main)
+        gathering.make_whole(keep=is_main)
+
+    if joined["is_spread"]:
+        agreement.agree(what, lambda _: write(gathering), make_whole)
+    elif not is_main:
+        gathering.hold(joined["best"], keep=False)
+
+
+def _key_of_source(state: Mapping[str, Any], average: BestAverage) -> str:
+    """Return the key under which lies what an average takes its members from, its model or other average; or nothing."""
+    for key, value in state.items():
+        if average.faded is None and isinstance(value, nn.Module) and states.unwrap(value) is average.model:
+            return key
+        if average.faded is not None and value is average.faded:
+            return key
+    return ""
 
 
 def _outline(tensors: list[torch.Tensor]) -> list[Any]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.averaging import Average
-    from runmgr.worker.best import BestAverage
+    from runmgr.worker.best import BestAverage, Held
 
 SaveErrorPolicy = Literal["raise", "warn"]
 _FAILURES_UNTIL_RAISE = 3
@@ -126,7 +126,7 @@ class _InFlight:
 class _Prepared:
     content: dict[str, Any]
     checkpoint: checkpoints.Checkpoint
-    shared: list[tuple[BestAverage, Any, str]] = dataclasses.field(default_factory=list)
+    shared: list[tuple[BestAverage, int, str]] = dataclasses.field(default_factory=list)
 
 
 class Saver:
@@ -158,9 +158,8 @@ class Saver:
     def save(
         self,
         gathered: dict[str, Any],
-        averages: Mapping[str, BestAverage],
+        averages: Mapping[str, Held],
         *,
-        model_keys: Mapping[str, str],
         facts: dict[str, Any],
         rng: list[dict[str, str]],
         logged: int,
@@ -169,13 +168,12 @@ class Saver:
     ) -> SaveHandle:
         """Write a gathered state: serialise once, commit, name. Raises what `on_error` does not tolerate.
 
-        The averages' new members share the bytes of the model that is saved under `model_keys`. `private` memory, see
-        `Staging.copy`, is not copied.
+        The averages' new members share the bytes of what is saved. `private` memory, see `Staging.copy`, is not copied.
         """
         self.collect()
         handle = SaveHandle()
         try:
-            in_flight = _InFlight(self._prepared(gathered, averages, model_keys, facts, rng), handle)
+            in_flight = _InFlight(self._prepared(gathered, averages, facts, rng), handle)
             in_flight.save.checkpoint = dataclasses.replace(in_flight.save.checkpoint, logged=logged)
             copied = None if block else self._staged(in_flight.save.content, private)
             if copied is None:
@@ -213,8 +211,8 @@ class Saver:
             return
         self._failures = 0
         entry = in_flight.save.checkpoint
-        for average, member, key in in_flight.save.shared:
-            average.lies_in(member, entry.object_name, key, entry.path_in(self._shelf.run))
+        for average, number, key in in_flight.save.shared:
+            average.lies_in(number, entry.object_name, key, entry.path_in(self._shelf.run))
 
     def has_failed(self) -> bool:
         """Whether the save in flight has failed, which the next `collect` tells."""
@@ -233,12 +231,11 @@ class Saver:
         finally:
             self._staging.release()
 
-    def save_average(self, average: Average) -> checkpoints.Checkpoint:
+    def save_average(self, average: Average, weights: Mapping[str, Any]) -> checkpoints.Checkpoint:
         """Write `average_model.pth`: {"net": …, "members": …}."""
         self.collect()
-        own = states.module_state(average.model)
         content = {
-            "net": staging.mapping_like(own, average._compute(own)),  # noqa: SLF001  # rank 0's part of it
+            "net": weights,
             "members": average.describe(),
             "average": type(average).__name__,
             "run_id": self._run_id,
@@ -255,27 +252,25 @@ class Saver:
     def _prepared(
         self,
         gathered: dict[str, Any],
-        averages: Mapping[str, BestAverage],
-        model_keys: Mapping[str, str],
+        averages: Mapping[str, Held],
         facts: dict[str, Any],
         rng: list[dict[str, str]],
     ) -> _Prepared:
         self._check_monitor(facts["metrics"])
-        for average in averages.values():
-            self.follow(average)
+        for held in averages.values():
+            self.follow(held.average)
         self._shelf.held = frozenset(
             member.object_name for average in self._averages for member in average.members if member.object_name
         )
         checkpoint = self._shelf.next(**facts)
         members: list[str] = []
         shared = []
-        for key, average in averages.items():
-            model_key = model_keys.get(key, "")
-            member = average.shared_member(gathered[model_key]) if model_key else None
-            gathered[key] = average.state_dict(member, checkpoint.object_name, model_key)
+        for key, held in averages.items():
+            gathered[key] = held.average.content(held, checkpoint.object_name)
             members += [entry["object"] for entry in gathered[key]["members"] if entry["object"]]
-            if member is not None:
-                shared.append((average, member, model_key))
+            shared += [(held.average, number, key) for number in held.weights]
+            if held.shared is not None:
+                shared.append((held.average, held.shared, held.source_key))
         content = gathered | facts | {"run_id": self._run_id, "rng": rng}
         self._check_space(content)
         checkpoint = dataclasses.replace(checkpoint, members=tuple(dict.fromkeys(members)))

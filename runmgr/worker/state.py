@@ -37,17 +37,6 @@ def module_state(module: nn.Module) -> OrderedDict[str, torch.Tensor]:
 
     Its `_metadata`, the versions of the module's parts, is torch's, under keys that are cleaned likewise.
     """
-    found = _own_state(module)
-    for key, tensor in found.items():
-        if is_sharded(tensor):
-            raise InvalidInput(
-                f"{key!r} is a sharded DTensor, which runmgr saves and restores but does not average yet; average "
-                f"a whole model"
-            )
-    return found
-
-
-def _own_state(module: nn.Module) -> OrderedDict[str, torch.Tensor]:
     bare = unwrap(module)
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in bare.modules()):
         raise InvalidInput(
@@ -80,7 +69,7 @@ def _set_metadata(state: OrderedDict[str, Any], metadata: Mapping[str, Any]) -> 
 def state_of(value: Any) -> Any:
     """Return the state of one value of `state`: the state dict of what has one, a plain value as it is."""
     if isinstance(value, nn.Module):
-        return _own_state(value)
+        return module_state(value)
     if callable(getattr(value, "state_dict", None)):
         return value.state_dict()
     return value
@@ -90,6 +79,28 @@ def is_sharded(value: Any) -> bool:
     """Whether this is a DTensor; nothing is imported to find out."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(value, tensors.DTensor)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's own shard of a DTensor, whose memory it shares; another tensor as it is."""
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def with_local_part(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return a tensor that is sharded as `like` is, of which this rank's shard is `local`; else `local` itself."""
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    placed: Any = like
+    return DTensor.from_local(
+        local, placed.device_mesh, placed.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def parameter_keys(module: nn.Module) -> set[str]:
+    """Return which keys of `module_state` are parameters, not buffers."""
+    return {_clean(name) for name, _ in unwrap(module).named_parameters(remove_duplicate=False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +125,7 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     own = bare.state_dict()
     names = {_clean(key): key for key in own}
     found = {names.get(key, key): value for key, value in state.items()}
-    parts = OrderedDict((key, _sharded_like(own.get(key), value)) for key, value in found.items())
+    parts = OrderedDict((key, sharded_like(own.get(key), value)) for key, value in found.items())
     for key, value in parts.items():
         if not isinstance(
             value, torch.Tensor
@@ -136,13 +147,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, A
         like = own.get(number)
         if not isinstance(entry, Mapping) or not is_sharded(like):
             return entry
-        return {key: _sharded_like(like, value) for key, value in entry.items()}
+        return {key: sharded_like(like, value) for key, value in entry.items()}
 
     parts = {number: shard(number, entry) for number, entry in state["state"].items()}
     optimizer.load_state_dict({**state, "state": parts})
 
 
-def _sharded_like(own: Any, full: Any) -> Any:
+def sharded_like(own: Any, full: Any) -> Any:
     """Return this rank's part of a full tensor where `own` is a DTensor of its shape; anything else as it is."""
     if not (is_sharded(own) and isinstance(full, torch.Tensor) and full.shape == own.shape):
         return full
@@ -220,6 +231,9 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
             part, owner = part[_PER_RANK][rank], target.value
         if isinstance(owner, nn.Module):
             load_module_state(owner, part)
+            continue
+        if getattr(owner, "keeps_copies", False):  # an average, which takes its rank's share of the file
+            owner.load_state_dict(part)
             continue
         part = copies.copy(part)
         if isinstance(owner, torch.optim.Optimizer):

@@ -15,9 +15,9 @@ from torch import nn
 
 import runmgr
 from runmgr.errors import InvalidInput, RunError
-from runmgr.worker import best
 from runmgr.worker.averaging import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
+from runmgr.worker.members import same_bits
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 KINDS = pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_members_are_the_first_k_of_a_stable_sort_of_the_finite_metrics(metrics,
     finite = [number for number, metric in enumerate(metrics) if math.isfinite(metric)]
     ordered = sorted(finite, key=lambda number: (metrics[number], 0), reverse=mode == "max")  # stable: ties keep older
     expected = sorted(ordered[:k])
-    found = sorted(member.weights["weight"].item() for member in average.members)
+    found = sorted(member.weights[0].item() for member in average.members)
     assert found == expected
 
 
@@ -360,11 +360,11 @@ def test_the_memory_of_a_member_is_used_again_by_the_next():
     average = BestAverage(model, k=1)
     with runmgr.start_run("x") as run:
         average.update(1)
-        first = {key: tensor.data_ptr() for key, tensor in average.members[0].weights.items()}
+        first = [tensor.data_ptr() for tensor in average.members[0].weights]
         run.save({"net": model, "average": average}, epoch=1)
         state = shake(model, 2)
         average.update(2)
-        assert {key: tensor.data_ptr() for key, tensor in average.members[0].weights.items()} == first
+        assert [tensor.data_ptr() for tensor in average.members[0].weights] == first
         assert_same_bits(average.averaged_state_dict(), state)
         with torch.no_grad():
             model.linear.weight[0] = float("nan")
@@ -383,7 +383,11 @@ def test_weights_that_changed_between_update_and_save_are_stored_beside_and_stay
         (kept,) = torch.load(run.path("latest"), weights_only=True)["average"]["members"]
         assert kept["object"] is None
         assert_same_bits(kept["weights"], member)
+        assert average.members[0].weights is None, "it lies in the checkpoint from now on"
         assert_same_bits(average.averaged_state_dict(), member)
+        run.save({"net": model, "average": average}, epoch=2)
+        (again,) = torch.load(run.path("latest"), weights_only=True)["average"]["members"]
+        assert (again["object"], again["weights"]) == ("0001-000001.pth", None), "and is not written twice"
         run_id = run.run_id
     fresh = Net()
     restored = BestAverage(fresh, k=3)
@@ -402,7 +406,7 @@ def test_one_changed_bit_is_a_change():
         with torch.no_grad():
             model.linear.bias[3] = -0.0  # equal as a number, not as bits
         run.save({"net": model, "average": average}, epoch=1)
-    assert average.members[0].object_name is None
+    assert average.members[0].key == "average"
 
 
 def test_two_updates_before_a_save_keep_both_members():
@@ -414,7 +418,8 @@ def test_two_updates_before_a_save_keep_both_members():
             states.append(shake(model, seed))
             average.update(seed)
         run.save({"net": model, "average": average}, epoch=1)
-        assert [member.object_name for member in average.members] == [None, "0001-000001.pth"]
+        assert [member.object_name for member in average.members] == ["0001-000001.pth"] * 2
+        assert [member.key for member in average.members] == ["average", "net"]
         run.save({"net": model, "average": average}, epoch=2)
         assert_within_one_ulp(average.averaged_state_dict(), mean(states))
 
@@ -511,19 +516,6 @@ def test_every_rank_gets_rank_0s_bits_also_where_the_ranks_buffers_differ():
     assert_within_one_ulp(first[1], mean(states))
 
 
-def test_ranks_above_0_hold_no_copy():
-    def train(rank):
-        model = Net()
-        averages = BestAverage(model), RunningAverage(model), ExponentialAverage(model)
-        entered = averages[0].update(1.0)
-        averages[1].update()
-        averages[2].update()
-        held = len(averages[0].members), len(averages[1]._sums), len(averages[2]._averages)
-        return entered, any(held)
-
-    assert values(run_ranks(2, train)) == [(True, True), (False, False)]
-
-
 def test_several_ranks_without_a_group_get_a_clear_error_from_averaging():
     def train(_rank):
         average = RunningAverage(Net())
@@ -560,15 +552,15 @@ def test_averages_survive_a_deepcopy_and_keep_their_files_read_only():
 def test_a_member_shares_bytes_only_with_the_very_same_bits(dtype):
     one = torch.randint(0, 2, (1001, 3)).to(dtype)
     two = one.clone()
-    assert best._same_bits(one, two)
-    assert best._same_bits(one.t(), two.t().contiguous())
+    assert same_bits(one, two)
+    assert same_bits(one.t(), two.t().contiguous())
     two.view(torch.uint8)[-1, -1] ^= 1
-    assert not best._same_bits(one, two)
-    assert not best._same_bits(one, one[:-1])
-    assert best._same_bits(one[:0], two[:0])
+    assert not same_bits(one, two)
+    assert not same_bits(one, one[:-1])
+    assert same_bits(one[:0], two[:0])
 
 
 def test_for_sharing_bytes_nan_is_itself_and_the_zeros_differ():
     nan = torch.tensor([math.nan])
-    assert best._same_bits(nan, nan.clone())
-    assert not best._same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))

@@ -1,0 +1,243 @@
+"""Arithmetic on many tensors at once, in the accumulator's precision, at the speed of memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from runmgr.worker.sharding import Piece
+
+_logger = logging.getLogger("runmgr.average")
+# What is worked on at a time stays in a core's cache, and is what torch gives to one thread; on a GPU, in the device's cache.
+_BLOCK_BYTES = {"cpu": 256 << 10, "cuda": 32 << 20}
+
+
+def _block_bytes(place: str) -> int:
+    return _BLOCK_BYTES["cuda" if place == "cuda" else "cpu"]
+
+
+class Pairing:
+    """Flat tensors and the flat tensors, of the same sizes and maybe of another dtype, that are to change them.
+
+    Made once for the same memory. An operation takes two lists of one dtype and changes the first: the `torch._foreach_`
+    functions do, which have no public name.
+    """
+
+    def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        self._alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._blocks: list[_Block] = []
+        blocks: dict[_Kind, _Block] = {}
+        for target, source in zip(targets, sources, strict=True):
+            kind = _Kind(target.device, target.dtype, source.device)
+            if (source.device, source.dtype) == kind[:2]:
+                self._alike[0].append(target)
+                self._alike[1].append(source)
+                continue
+            start = 0
+            while start < len(target):
+                block = blocks.get(kind)
+                if block is None or not block.room:
+                    block = blocks[kind] = _Block(kind)
+                    self._blocks.append(block)
+                stop = min(start + block.room, len(target))
+                block.add(target[start:stop], source[start:stop])
+                start = stop
+
+    def apply(self, change: Callable[[list[Tensor], list[Tensor]], object]) -> None:
+        """Change the targets by the sources, converted first where their dtype is another."""
+        if self._alike[0]:
+            change(*self._alike)
+        memory: dict[_Kind, Tensor] = {}
+        for block in self._blocks:
+            if block.kind not in memory:  # the first block of its kind is the fullest
+                memory[block.kind] = block.scratch()
+            converted = list(torch.split(memory[block.kind][: sum(block.lengths)], block.lengths))
+            torch._foreach_copy_(converted, block.sources)
+            change(block.targets, converted)
+
+
+class _Kind(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    source: torch.device
+
+
+class _Block:
+    def __init__(self, kind: _Kind) -> None:
+        self.kind = kind
+        place = kind.device if kind.device == kind.source else torch.device("cuda")
+        self.room = _block_bytes(place.type) // kind.dtype.itemsize
+        self.targets: list[Tensor] = []
+        self.sources: list[Tensor] = []
+        self.lengths: list[int] = []
+
+    def scratch(self) -> Tensor:
+        """Return memory for what is converted; pinned where it comes from a GPU to the host."""
+        device, dtype, source = self.kind
+        pin = device.type == "cpu" and source.type == "cuda"
+        return torch.empty(sum(self.lengths), dtype=dtype, device=device, pin_memory=pin)
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        self.targets.append(target)
+        self.sources.append(source)
+        self.lengths.append(len(target))
+        self.room -= len(target)
+
+
+class ExactSum:
+    """Sums of which nothing is lost that a later subtraction could lay bare: float64, and beside it what it rounded off.
+
+    Knuth's two-sum (The Art of Computer Programming, volume 2, 4.2.2, theorem B); the rests are added up in single precision.
+    """
+
+    def __init__(self, like: list[Tensor], dtypes: list[torch.dtype]) -> None:
+        self._sums = empty_parts(like, dtypes)
+        self._rests = empty_parts(like, [torch.complex64 if dtype.is_complex else torch.float32 for dtype in dtypes])
+        set_zero(self._sums)
+        set_zero(self._rests)
+
+    @torch.no_grad()
+    def add(self, values: list[Tensor], sign: int = 1) -> None:
+        """Add flat tensors of any precision, or with sign -1 subtract them."""
+        scratch = _Scratch()
+        for group in _cut(self._sums, values):
+            sums, rests, given = (_places(parts, group) for parts in (self._sums, self._rests, values))
+            new, old = scratch.copies(0, given, sums), scratch.copies(1, sums, sums)
+            if sign < 0:
+                torch._foreach_neg_(new)
+            torch._foreach_add_(sums, new)
+            taken = scratch.copies(2, sums, sums)
+            torch._foreach_sub_(taken, old)  # what came in of the new ones
+            torch._foreach_sub_(new, taken)
+            torch._foreach_sub_(taken, sums)
+            torch._foreach_add_(taken, old)
+            torch._foreach_add_(new, taken)  # (new - taken) + (old - (sums - taken))
+            torch._foreach_add_(rests, scratch.copies(3, new, rests))
+
+    def mean_into(self, targets: list[Tensor], pieces: list[Piece], count: int) -> None:
+        """Write the sums of some elements, divided, to tensors of their own dtypes."""
+        sums, rests = ([piece.of(parts) for piece in pieces] for parts in (self._sums, self._rests))
+        scratch = _Scratch()
+        for group in _cut(sums, targets):
+            total = scratch.copies(0, _places(rests, group), _places(sums, group))
+            torch._foreach_add_(total, _places(sums, group))
+            torch._foreach_div_(total, count)
+            copy_all(_places(targets, group), total)
+
+
+def quotients_into(targets: list[Tensor], sums: list[Tensor], count: int) -> None:
+    """Write sums, divided, to flat tensors of other dtypes."""
+    scratch = _Scratch()
+    for group in _cut(sums, targets):
+        found = scratch.copies(0, _places(sums, group), _places(sums, group))
+        torch._foreach_div_(found, count)
+        copy_all(_places(targets, group), found)
+
+
+class _Scratch:
+    """Memory for one block, used again for the next: on a CPU touching fresh memory costs many times what a copy does."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def copies(self, name: int, values: list[Tensor], like: list[Tensor]) -> list[Tensor]:
+        """Return copies of the values, in the dtypes and on the devices of the others; the same name, the same memory."""
+        found, used = [], dict.fromkeys([(part.device, part.dtype) for part in like], 0)
+        for part in like:
+            kind = part.device, part.dtype
+            key = (name, *kind)
+            if key not in self._memory or len(self._memory[key]) < used[kind] + len(part):
+                needed = sum(len(other) for other in like if (other.device, other.dtype) == kind)
+                self._memory[key] = torch.empty(needed, dtype=part.dtype, device=part.device)
+            found.append(self._memory[key][used[kind] : used[kind] + len(part)])
+            used[kind] += len(part)
+        copy_all(found, values)
+        return found
+
+
+def _places(parts: list[Tensor], group: list[tuple[int, slice]]) -> list[Tensor]:
+    return [parts[number][place] for number, place in group]
+
+
+def _cut(parts: list[Tensor], others: list[Tensor]) -> Iterator[list[tuple[int, slice]]]:
+    """Cut flat tensors, which are to meet others, into groups of a block's size."""
+    place = "cuda" if any(part.is_cuda for part in [*parts, *others]) else "cpu"
+    size = room = _block_bytes(place) // torch.float64.itemsize
+    group: list[tuple[int, slice]] = []
+    for number, part in enumerate(parts):
+        start = 0
+        while start < len(part):
+            stop = min(start + room, len(part))
+            group.append((number, slice(start, stop)))
+            room, start = room - (stop - start), stop
+            if not room:
+                yield group
+                group, room = [], size
+    if group:
+        yield group
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy tensors into others of the same sizes; there may be none."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def set_zero(targets: list[Tensor]) -> None:
+    """Set tensors to zero; there may be none."""
+    if targets:
+        torch._foreach_zero_(targets)
+
+
+def copied_if_finite(targets: list[Tensor], sources: list[Tensor]) -> bool:
+    """Copy flat tensors, and say whether all of it is finite; on a CPU what is looked at is still in its cache."""
+    if all(source.device.type == "cpu" for source in sources):
+        return all(map(_copied_if_finite, targets, sources))
+    copy_all(targets, sources)
+    greatest = torch._foreach_norm([source for source in sources if len(source)], float("inf"))
+    return bool(torch.stack([norm.float().to(greatest[0].device) for norm in greatest]).isfinite().all())
+
+
+def _copied_if_finite(target: Tensor, source: Tensor) -> bool:
+    length = _block_bytes("cpu") // source.element_size()
+    sums = []
+    for to, part in zip(torch.split(target, length), torch.split(source, length), strict=True):
+        to.copy_(part)
+        sums.append(to.sum())
+    if not sums or bool(torch.stack(sums).isfinite().all()):  # NaN and infinity make their sum one of them
+        return True
+    return bool(source.isfinite().all())  # or finite values summed to more than the dtype holds
+
+
+def empty_parts(views: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
+    """Return a flat tensor for each view, of these dtypes, on its device, all those of one kind in one memory.
+
+    Where the device has no room it is host memory, from which a GPU can read by itself.
+    """
+    kinds = [(view.device, dtype) for view, dtype in zip(views, dtypes, strict=True)]
+    parts: list[Tensor | None] = [None] * len(views)
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, other in enumerate(kinds) if other == kind]
+        memory = _memory(sum(len(views[place]) for place in places), kind[1], kind[0])
+        for place, part in zip(places, torch.split(memory, [len(views[place]) for place in places]), strict=True):
+            parts[place] = part
+    return [part for part in parts if part is not None]
+
+
+def _memory(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(length, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        _logger.warning(
+            "%s has no room for %.1f MB of an average; they are kept in host memory",
+            device,
+            length * dtype.itemsize / 1e6,
+        )
+        return torch.empty(length, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
