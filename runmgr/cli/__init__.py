@@ -1,21 +1,31 @@
-"""The command line: `runmgr ls | show | path | latest | verify | pin | unpin | doctor`. Never imports torch."""
+"""The command line, `runmgr COMMAND …`. Never imports torch."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
+
+# Which file declares which commands. Only the file of the command that is given is loaded.
+_COMMANDS = {
+    "listing": ("ls", "latest", "best"),
+    "showing": ("show", "path"),
+    "care": ("verify", "pin", "unpin"),
+    "doctor": ("doctor",),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Exit status: 0 done, 1 not found or refused, 2 wrong usage, 130 after Ctrl-C."""
     from runmgr.errors import RunError
 
-    parser = build_parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    _let_everything_be_printed()
+    parser = build_parser(arguments[0] if arguments else None)
     given = parser.parse_args(arguments)
     try:
         status = given.command(given)
@@ -34,11 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(status)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands and flags."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of all commands and flags, or of the one command that is going to be run."""
     import argparse
-
-    from runmgr.cli import care, doctor, look
+    from importlib import import_module
 
     parser = argparse.ArgumentParser(
         prog="runmgr", description="Look at and care for the runs of your trainings.", allow_abbrev=False
@@ -46,10 +55,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.set_defaults(command=_version_or_help, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    look.add_commands(commands)
-    care.add_commands(commands)
-    doctor.add_commands(commands)
+    known = [name for names in _COMMANDS.values() for name in names]
+    if command and not command.startswith("-") and command not in known:
+        _refuse(parser, command, known)
+    for file, names in _COMMANDS.items():
+        if command not in known or command in names:
+            import_module(f"runmgr.cli.{file}").add_commands(commands)
     return parser
+
+
+def _refuse(parser: argparse.ArgumentParser, command: str, known: list[str]) -> NoReturn:
+    from difflib import get_close_matches
+
+    near = get_close_matches(command, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    parser.error(f"there is no command {command!r}; {hint}")
+
+
+def _let_everything_be_printed() -> None:
+    """Let no name stop a command: bytes that are no UTF-8 pass through, a poorer terminal gets escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            is_utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
+            reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
 
 
 def _version_or_help(given: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from runmgr.cli import look
+from runmgr.cli import references, tables
 from runmgr.disk import checkpoints, directory, integrity, pins, record
 from runmgr.errors import CheckpointCorrupt
 
@@ -22,24 +22,24 @@ _LOOKS, _LOOK_AGAIN_S = 10, 0.2
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
     verify = commands.add_parser("verify", help="check that a run's checkpoints are whole", allow_abbrev=False)
-    verify.add_argument("run", help=look.REFERENCE)
+    verify.add_argument("run", help=references.REFERENCE)
     verify.add_argument("--deep", action="store_true", help="read every byte, not only sizes and tables of contents")
     verify.set_defaults(command=_verify)
-    look.add_common_options(verify)
+    references.add_common_options(verify)
     for name, function, text in (
         ("pin", _pin, "let a checkpoint stay whatever Keep says"),
         ("unpin", _unpin, "leave a pinned checkpoint to Keep again"),
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
-        command.add_argument("run", help=look.REFERENCE)
+        command.add_argument("run", help=references.REFERENCE)
         command.add_argument("file", nargs="?", default="latest", help="latest (the default), best or a file name")
         command.set_defaults(command=function)
-        look.add_common_options(command)
+        references.add_common_options(command)
 
 
 def _verify(given: argparse.Namespace) -> int:
     """Check each object against its record and each public name against its object; status 1 if anything is wrong."""
-    run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
+    run = directory.RunDirectory(references.find(given).path)
     entries = checkpoints.listed(run)
     bar = _Bar(sum(entry.size_bytes for entry in entries)) if given.deep else None
     found = [item for entry in entries if (item := _judged(run, entry, bar)) is not None]
@@ -47,7 +47,7 @@ def _verify(given: argparse.Namespace) -> int:
         bar.close()
     damaged = [item for item in found if item["problem"]]
     if given.json:
-        look.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": found})
+        tables.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": found})
     else:
         for item in found:
             print(f"{'DAMAGED' if item['problem'] else 'ok':<8} {item['file']}  {', '.join(item['names'])}".rstrip())
@@ -122,11 +122,11 @@ def _unpin(given: argparse.Namespace) -> int:
 
 
 def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
-    run = directory.RunDirectory(look.find(given.run, look.root_of(given)).path)
+    run = directory.RunDirectory(references.find(given).path)
     name = run.public_path(given.file).name
     entry: Any = change(run, name)
     if given.json:
-        look.print_json(entry.as_json())
+        tables.print_json(entry.as_json())
     else:
         print(f"{entry.object_name} (epoch {entry.epoch}, step {entry.step}) is {said}")
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runmgr import ranks as launch_ranks
-from runmgr.cli import look
+from runmgr.cli import tables
 from runmgr.disk import probe, probe_host, probe_hosts
 from runmgr.errors import RunError
 
@@ -55,7 +55,7 @@ def _doctor(given: argparse.Namespace) -> int:
     hosts = probe_hosts.hosts_of(findings) or [ranks.host]
     if given.json:
         told = [finding._asdict() for finding in findings]
-        look.print_json({"path": str(root), "hosts": hosts, "verdict": _worst(findings), "findings": told})
+        tables.print_json({"path": str(root), "hosts": hosts, "verdict": _worst(findings), "findings": told})
     else:
         _print(root, hosts, findings)
     return status

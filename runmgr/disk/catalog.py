@@ -12,10 +12,12 @@ from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirect
 from runmgr.errors import InvalidInput, RunNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from runmgr.disk.checkpoints import Mode
+
+_MOST_COMPARED = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +88,38 @@ def get_run(
 
 def best_run(
     experiment_name: str,
-    metric: str,
+    metric: str | None = None,
     *,
-    mode: Mode = "max",
+    mode: Mode | None = None,
     ckpt_root_dir: str | os.PathLike[str] | None = None,
 ) -> RunInfo:
-    """Return the run whose best or latest checkpoint has the best value of `metric`; raises RunNotFound if none has it."""
+    """Return the run whose best or latest checkpoint has the best value of `metric`; raises RunNotFound if none has it.
+
+    Without `metric` it is the one that the newest run with a monitored metric watches; without `mode` the one of the
+    newest run that watches this metric, else "max".
+    """
     from runmgr.disk.checkpoints import is_better
 
-    if mode not in {"max", "min"}:
+    if mode not in {"max", "min", None}:
         raise InvalidInput(f"mode={mode!r} must be 'max' or 'min'")
+    runs = list_runs(experiment_name, ckpt_root_dir)
+    watching = next((run for run in runs if run.monitor and metric in {None, run.monitor}), None)
+    path = find_experiment(experiment_name, ckpt_root_dir).path
+    if metric is None:
+        if watching is None:
+            raise RunNotFound(
+                f"no run in {path} has a monitored metric, so none is best; name a metric", path=str(path)
+            )
+        metric = watching.monitor
+    if mode is None:
+        mode = "min" if watching is not None and watching.mode == "min" else "max"
     best, best_value = None, None
-    for info in reversed(list_runs(experiment_name, ckpt_root_dir)):  # ties keep the older
+    for info in reversed(runs):  # ties keep the older
         for checkpoint in (info.best, info.latest):
             value = _number((checkpoint or {}).get("metrics", {}).get(metric))
             if is_better(value, best_value, mode):
                 best, best_value = info, value
     if best is None:
-        path = find_experiment(experiment_name, ckpt_root_dir).path
         raise RunNotFound(f"no run of {path} has saved a checkpoint with the metric {metric!r}", path=str(path))
     return best
 
@@ -165,7 +181,7 @@ def find_experiment(experiment_name: str, ckpt_root_dir: str | os.PathLike[str] 
     if not experiment.path.is_dir():
         others = list_experiments(root)
         raise RunNotFound(
-            f"there is no experiment {experiment_name!r} in {root}{_nearest(experiment_name, others)}",
+            f"there is no experiment {experiment_name!r} in {root}{nearest(experiment_name, others)}",
             path=str(experiment.path),
         )
     return experiment
@@ -173,17 +189,22 @@ def find_experiment(experiment_name: str, ckpt_root_dir: str | os.PathLike[str] 
 
 def run_not_found(experiment: Experiment, run_id: str) -> RunNotFound:
     """Return the error for a run that is not there, with the nearest ids there are."""
-    near = _nearest(run_id, list(run_ids(experiment)))
+    near = nearest(run_id, list(run_ids(experiment)))
     return RunNotFound(f"there is no run {run_id!r} in {experiment.path}{near}", path=str(experiment.run(run_id).path))
 
 
-def _nearest(name: str, others: list[str]) -> str:
+def nearest(name: str, others: list[str], shown: Callable[[str], str] = str) -> str:
+    """Return the end of an error about a name that is not there: those most like it, else the first few there are."""
     import difflib
 
-    near = difflib.get_close_matches(name, others[:1000], n=3)
+    near = difflib.get_close_matches(name, others[:_MOST_COMPARED], n=3)
     if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; there are {', '.join(others[:5])}{', …' if len(others) > 5 else ''}" if others else "; it is empty"
+        return f"; did you mean {' or '.join(map(shown, near))}?"
+    return (
+        f"; there are {', '.join(map(shown, others[:5]))}{', …' if len(others) > 5 else ''}"
+        if others
+        else "; it is empty"
+    )
 
 
 def _read(experiment: Experiment, run_id: str) -> RunInfo:

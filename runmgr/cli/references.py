@@ -1,0 +1,44 @@
+"""What commands take: a reference to a run, the root, `--json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runmgr.disk import directory, references
+
+if TYPE_CHECKING:
+    import argparse
+
+    from runmgr.disk.catalog import RunInfo
+
+REFERENCE = (
+    "EXPERIMENT (its latest run), EXPERIMENT/best, EXPERIMENT@-2 (last but one), RUN_…, EXPERIMENT/RUN_…, or a path"
+)
+
+
+def add_common_options(command: argparse.ArgumentParser) -> None:
+    """Declare what every command takes."""
+    command.add_argument(
+        "--root", metavar="DIR", help="where experiments lie ($RUNMGR_CKPT_ROOT_DIR, else the project's checkpoints/)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def root_of(given: argparse.Namespace) -> Path:
+    """Return the root that is meant: a command belongs to the project it is typed in."""
+    return directory.resolve_root(given.root) if given.root else directory.default_root(Path.cwd())
+
+
+def find(given: argparse.Namespace, reference: str | None = None) -> RunInfo:
+    """Return the run that a command's `run` argument, or another `reference`, means; raises RunNotFound or InvalidName."""
+    return references.find_run(given.run if reference is None else reference, root_of(given))
+
+
+def positive(text: str) -> int:
+    """Read a whole number above 0, for `type=`."""
+    import argparse
+
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -1,0 +1,110 @@
+"""`show` and `path`: look at one run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from runmgr.cli import references, tables
+from runmgr.disk import directory, drift, failures
+from runmgr.disk import record as records
+from runmgr.errors import RunNotFound
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from runmgr.disk import catalog
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the commands of this file."""
+    show = commands.add_parser("show", help="show one run", allow_abbrev=False)
+    show.add_argument("run", help=references.REFERENCE)
+    path = commands.add_parser("path", help="print where a run, or one of its files, lies", allow_abbrev=False)
+    path.add_argument("run", help=references.REFERENCE)
+    path.add_argument("file", nargs="?", help="latest, best, average or a file name")
+    for command, function in ((show, _show), (path, _path)):
+        command.set_defaults(command=function)
+        references.add_common_options(command)
+
+
+def _path(given: argparse.Namespace) -> int:
+    path = references.find(given).path
+    if given.file is not None:
+        path = directory.RunDirectory(path).public_path(given.file)
+        if not path.exists():
+            raise RunNotFound(f"there is no {path}", path=str(path))
+    tables.print_json({"path": str(path)}) if given.json else print(path)
+    return 0
+
+
+def _show(given: argparse.Namespace) -> int:
+    run = references.find(given)
+    failure, differences = _first_failure(run), _drift(run)
+    if given.json:
+        tables.print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
+        return 0
+    record = run.record
+    git, error = record.get("git") or {}, record.get("error") or {}
+    commit = str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
+    hosts = ", ".join(
+        f"{host.get('host')} ({len(host.get('ranks', []))} ranks{''.join(', ' + name for name in host.get('devices', []))})"
+        for host in record.get("hosts") or []
+    )
+    tables.print_facts(
+        [
+            ("run", run.run_id),
+            ("path", run.path),
+            ("status", run.status),
+            ("error", f"{error.get('type')}: {error.get('message')}" if error else ""),
+            *_failure_rows(run, failure),
+            ("created", run.created),
+            ("ended", run.ended),
+            ("attempt", run.attempt),
+            ("changed", drift.sentence(differences, shown=3)),
+            ("hosts", hosts),
+            ("latest", _checkpoint(run.latest)),
+            ("best", _checkpoint(run.best)),
+            ("forked from", (record.get("parent") or {}).get("path")),
+            ("tags", " ".join(run.tags)),
+            ("command", " ".join(map(str, record.get("argv") or []))),
+            ("git", commit),
+            ("files", " ".join(_files(run.path))),
+        ]
+    )
+    return 0
+
+
+def _first_failure(run: catalog.RunInfo) -> dict[str, Any] | None:
+    """Return what the reports of the newest attempt say by now, else what run.json says of an earlier one."""
+    folder = directory.RunDirectory(run.path)
+    found = failures.first(folder, records.newest_record(folder))
+    if found is None and run.status == "lost":
+        found = failures.unheard(run.attempt or 0)
+    known = run.record.get("first_failure")
+    return found or (known if isinstance(known, dict) else None)
+
+
+def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if failure is None:
+        return []
+    report = failure.get("report")
+    rows = [("first failure", f"{failures.sentence(failure)} (attempt {failure.get('attempt')})")]
+    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / report) if report else "")]
+
+
+def _drift(run: catalog.RunInfo) -> dict[str, Any]:
+    found = records.newest_record(directory.RunDirectory(run.path)).get("drift")
+    return found if isinstance(found, dict) else {}
+
+
+def _checkpoint(summary: dict[str, Any] | None) -> str:
+    if not summary:
+        return ""
+    metrics = ", ".join(f"{name} {value}" for name, value in (summary.get("metrics") or {}).items())
+    return f"epoch {summary.get('epoch')}, step {summary.get('step')}{', ' + metrics if metrics else ''}"
+
+
+def _files(path: Path) -> list[str]:
+    return sorted(name for name in os.listdir(path) if not name.startswith("."))

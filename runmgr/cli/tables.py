@@ -1,0 +1,151 @@
+"""What a command prints: JSON, tables and facts; coloured and fitted to the width for a person, plain in a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+import unicodedata
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import TextIO
+
+    from rich.console import Console
+
+_GAP = "  "
+_STYLES = {"running": "green", "lost": "red", "failed": "red", "interrupted": "yellow", "preempted": "yellow"}
+
+
+class Column(NamedTuple):
+    """A column's head, and how soon it is left out where the terminal is too narrow: the highest first, 0 never."""
+
+    head: str
+    dispensable: int = 0
+    is_number: bool = False
+
+
+def is_for_a_person(stream: TextIO | None = None) -> bool:
+    """Whether what is printed goes to a terminal that can do more than print letters."""
+    stream = sys.stdout if stream is None else stream
+    return stream.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"}
+
+
+def print_json(value: Any) -> None:
+    """Print what `--json` asks for."""
+    import json
+
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def printable(value: object) -> str:
+    """Return a value as one line of text that cannot steer a terminal; None is nothing."""
+    text = "" if value is None else str(value)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or "\ud800" <= char <= "\udfff" else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    return " " if char in "\n\t" else char.encode("unicode_escape").decode()
+
+
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under their heads. On a terminal what does not fit is left out, column by column, and named."""
+    cells = [[printable(value) for value in row] for row in rows]
+    if is_for_a_person():
+        _print_rich(list(columns), cells)
+        return
+    table = [[column.head for column in columns], *cells]
+    widths = [max(_width(row[place]) for row in table) for place in range(len(columns))]
+    for row in table:
+        filled = (_filled(cell, width, column) for cell, width, column in zip(row, widths, columns, strict=True))
+        print(_GAP.join(filled).rstrip())
+
+
+def print_facts(facts: Iterable[tuple[str, object]]) -> None:
+    """Print names with their values, one a line; those without a value are left out."""
+    shown = [(name, text) for name, value in facts if (text := printable(value))]
+    width = max((len(name) for name, _ in shown), default=0)
+    if not is_for_a_person():
+        for name, text in shown:
+            print(f"{name:<{width}}{_GAP}{text}")
+        return
+    from rich.text import Text
+
+    screen = console()
+    for name, text in shown:  # wrapped by the terminal itself, so that a path can be copied
+        line = Text.assemble((f"{name:<{width}}", "bold"), _GAP, (text, _STYLES.get(text, "")))
+        screen.print(line, soft_wrap=True)
+
+
+@contextmanager
+def progress(total: float, what: str, *, unit: str = "runs") -> Iterator[Callable[[float], object]]:
+    """Yield a function that takes how much more is done and draws it on a terminal's stderr; elsewhere it does nothing."""
+    if not is_for_a_person(sys.stderr):
+        yield lambda _done: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    parts = (
+        TextColumn(what),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(f"of {total:,g} {unit}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*parts, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return rich's console; it heeds NO_COLOR, TERM and COLUMNS."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def _print_rich(columns: list[Column], cells: list[list[str]]) -> None:
+    from rich.cells import cell_len
+    from rich.table import Table
+
+    screen = console()
+    widths = [
+        max(cell_len(text) for text in (column.head, *(row[place] for row in cells)))
+        for place, column in enumerate(columns)
+    ]
+    kept = set(range(len(columns)))
+    for place in sorted(kept, key=lambda place: columns[place].dispensable, reverse=True):
+        if columns[place].dispensable and sum(widths[one] for one in kept) + len(_GAP) * (len(kept) - 1) > screen.width:
+            kept.discard(place)
+    table = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
+    for place in sorted(kept):
+        column = columns[place]
+        table.add_column(
+            column.head, justify="right" if column.is_number else "left", no_wrap=True, min_width=widths[place]
+        )
+    for row in cells:
+        table.add_row(*(_styled(row[place]) for place in sorted(kept)))
+    screen.print(table, soft_wrap=True)
+    if left_out := ", ".join(columns[place].head for place in range(len(columns)) if place not in kept):
+        print(f"too narrow for {left_out}", file=sys.stderr)
+
+
+def _styled(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text, style=_STYLES.get(text, ""))
+
+
+def _filled(text: str, width: int, column: Column) -> str:
+    space = " " * (width - _width(text))
+    return space + text if column.is_number else text + space
+
+
+def _width(text: str) -> int:
+    """Return how many places a terminal needs for a text; East Asian letters and most emoji take two."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
