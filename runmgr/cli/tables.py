@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import unicodedata
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from rich.console import Console
+    from rich.progress import Progress
 
+_PATIENCE_S = 0.5
 _GAP = "  "
 _STYLES = {"running": "green", "lost": "red", "failed": "red", "interrupted": "yellow", "preempted": "yellow"}
 
@@ -81,23 +84,34 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
 
 
 @contextmanager
-def progress(total: float, what: str, *, unit: str = "runs") -> Iterator[Callable[[float], object]]:
-    """Yield a function that takes how much more is done and draws it on a terminal's stderr; elsewhere it does nothing."""
-    if not is_for_a_person(sys.stderr):
-        yield lambda _done: None
-        return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes how many of how many are done and draws it on a terminal's stderr, if it lasts."""
+    bar: Progress | None = None
+    begun = time.monotonic()
 
-    parts = (
-        TextColumn(what),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn(f"of {total:,g} {unit}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*parts, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+    def hear(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            if time.monotonic() - begun < _PATIENCE_S or not is_for_a_person(sys.stderr):
+                return
+            bar = _started_bar(what, total)
+        bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield hear
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _started_bar(what: str, total: int) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*parts, console=console(stderr=True), transient=True)
+    bar.add_task(what, total=total)
+    bar.start()
+    return bar
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -7,6 +7,7 @@ import functools
 import heapq
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,7 @@ from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirect
 from runmgr.errors import InvalidInput, RunNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from runmgr.disk.checkpoints import Mode
@@ -26,6 +27,12 @@ _CHUNK = 64
 _SLOW_S = 0.0003
 _THREADS = 32
 _T = TypeVar("_T")
+
+Progress = Callable[[int, int], object]  # hears how many runs of how many were looked at
+
+
+def _nobody(_done: int, _total: int) -> None:
+    """Hear nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +101,9 @@ def find(
     wanted: Filter,
     *,
     limit: int | None = None,
-    advance: Callable[[int], object] = lambda _done: None,
+    advance: Progress = _nobody,
 ) -> Iterator[RunInfo]:
-    """Yield the runs that are wanted, newest first, at most `limit`; `advance` hears how many more were looked at."""
+    """Yield the runs that are wanted, newest first, at most `limit`; `advance` hears how many of how many were looked at."""
     experiment = Experiment(
         directory.resolve_root(ckpt_root_dir), directory.check_name(experiment_name, "experiment name")
     )
@@ -113,50 +120,60 @@ def find(
             yield run
 
 
-def look(
-    experiment: Experiment, ids: Sequence[str], advance: Callable[[int], object] = lambda _done: None
-) -> Iterator[RunInfo]:
-    """Yield what the records of these runs say, in order; those that are gone by now are left out.
-
-    Where a read waits, as on network storage, many are read at once.
-    """
-    begun = time.perf_counter()
-    chunks = [ids[start : start + _CHUNK] for start in range(0, len(ids), _CHUNK)]
-    for number, chunk in enumerate(chunks):
-        if number == 1 and time.perf_counter() - begun > _SLOW_S * _CHUNK:
-            break
-        yield from _look_at(experiment, chunk)
-        advance(len(chunk))
-    else:
-        return
-    yield from _look_in_threads(experiment, chunks[1:], advance)
+def look(experiment: Experiment, ids: Sequence[str], advance: Progress = _nobody) -> Iterator[RunInfo]:
+    """Yield what the records of these runs say, in order; those that are gone by now are left out."""
+    folder = experiment.path
+    for run_id, content in _contents(folder, ids, advance):
+        if (run := _info(folder, run_id, content)) is not None:
+            yield run
 
 
-def _look_in_threads(
-    experiment: Experiment, chunks: list[Sequence[str]], advance: Callable[[int], object]
-) -> Iterator[RunInfo]:
+def _contents(folder: Path, ids: Sequence[str], advance: Progress) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield runs with the front of their records; where a read waits, as on network storage, many are read at once."""
+    waits_s = []
+    for done, run_id in enumerate(ids[:_CHUNK], start=1):
+        begun = time.perf_counter()
+        content = summary.read(f"{folder}/{run_id}/run.json")
+        waits_s.append(time.perf_counter() - begun)
+        yield run_id, content
+        advance(done, len(ids))
+    chunks = [ids[start : start + _CHUNK] for start in range(_CHUNK, len(ids), _CHUNK)]
+    is_slow = bool(chunks) and sorted(waits_s)[_CHUNK // 2] > _SLOW_S
+    done = _CHUNK
+    for found in _in_threads(folder, chunks) if is_slow else (_read_chunk(folder, chunk) for chunk in chunks):
+        yield from found
+        done += len(found)
+        advance(done, len(ids))
+
+
+def _in_threads(folder: Path, chunks: list[Sequence[str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(_THREADS)
     try:
-        for chunk, found in zip(chunks, pool.map(lambda chunk: _look_at(experiment, chunk), chunks), strict=True):
-            yield from found
-            advance(len(chunk))
+        yield from pool.map(lambda chunk: _read_chunk(folder, chunk), chunks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _look_at(experiment: Experiment, ids: Iterable[str]) -> list[RunInfo]:
-    return [run for run_id in ids if (run := _read(experiment, run_id)) is not None]
+def _read_chunk(folder: Path, ids: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+    return [(run_id, summary.read(f"{folder}/{run_id}/run.json")) for run_id in ids]
 
 
 def list_experiments(ckpt_root_dir: str | os.PathLike[str] | None = None) -> list[str]:
     """Return the names of the experiments under the root, sorted; none when the root is not there."""
     try:
         with os.scandir(directory.resolve_root(ckpt_root_dir)) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and _is_directory(entry))
     except FileNotFoundError:
         return []
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links, or a place that is not ours to look at
+        return False
 
 
 def get_run(
@@ -168,10 +185,9 @@ def get_run(
     if chosen is None:
         raise RunNotFound(f"no run of {experiment.path} has a {LATEST_NAME}", path=str(experiment.path))
     directory.check_name(chosen, "run id")
-    run = _read(experiment, chosen)
-    if run is None:
-        raise run_not_found(experiment, chosen)
-    return run
+    for run in look(experiment, [chosen]):
+        return run
+    raise run_not_found(experiment, chosen)
 
 
 def best_run(
@@ -180,7 +196,7 @@ def best_run(
     *,
     mode: Mode | None = None,
     ckpt_root_dir: str | os.PathLike[str] | None = None,
-    advance: Callable[[int], object] = lambda _done: None,
+    advance: Progress = _nobody,
 ) -> RunInfo:
     """Return the run whose best or latest checkpoint has the best value of `metric`; raises RunNotFound if none has it.
 
@@ -202,14 +218,14 @@ def best_run(
     if metric is None:
         raise RunNotFound(f"no run in {path} has a monitored metric, so none is best; name a metric", path=str(path))
     best, best_value = None, None
-    for run in look(experiment, ids[::-1], advance):  # ties keep the older
-        for checkpoint in (run.best, run.latest):
+    for run_id, content in _contents(experiment.path, ids[::-1], advance):  # ties keep the older
+        for checkpoint in (content.get("best"), content.get("latest")):
             value = value_of(checkpoint, metric)
             if is_better(value, best_value, mode):
-                best, best_value = run, value
+                best, best_value = run_id, value
     if best is None:
         raise RunNotFound(f"no run of {path} has saved a checkpoint with the metric {metric!r}", path=str(path))
-    return best
+    return get_run(experiment_name, best, ckpt_root_dir)
 
 
 def get_latest_run_id(
@@ -220,16 +236,16 @@ def get_latest_run_id(
 ) -> str | None:
     """Return the newest run that has a `ckpt_latest.pth`, or None; `checkpoints_root_dir` is super-gradients' word."""
     root = directory.resolve_root(ckpt_root_dir if ckpt_root_dir is not None else checkpoints_root_dir)
-    path = os.path.join(root, directory.check_name(experiment_name, "experiment name"))
+    path = f"{root}/{directory.check_name(experiment_name, 'experiment name')}"
     try:
         names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     newest = max(names, default="")  # the common case, without a look at the others
-    if newest.startswith(RUN_PREFIX) and os.path.exists(os.path.join(path, newest, LATEST_NAME)):
+    if newest.startswith(RUN_PREFIX) and os.path.exists(f"{path}/{newest}/{LATEST_NAME}"):
         return newest
     runs = sorted((name for name in names if name.startswith(RUN_PREFIX)), reverse=True)
-    return next((name for name in runs if os.path.exists(os.path.join(path, name, LATEST_NAME))), None)
+    return next((name for name in runs if os.path.exists(f"{path}/{name}/{LATEST_NAME}")), None)
 
 
 def get_checkpoints_dir_path(
@@ -267,8 +283,11 @@ def newest_ids(experiment: Experiment, limit: int | None = None) -> list[str]:
         names = os.listdir(experiment.path)
     except (FileNotFoundError, NotADirectoryError):
         raise _experiment_not_found(experiment) from None
-    ids = [name for name in names if name.startswith(RUN_PREFIX)]
-    return sorted(ids, reverse=True) if limit is None else heapq.nlargest(limit, ids)
+    if limit is not None:
+        newest = heapq.nlargest(limit, names)
+        if all(map(directory.is_run_id, newest)):  # seldom is there anything else, and so far up
+            return newest
+    return sorted(filter(directory.is_run_id, names), reverse=True)[:limit]
 
 
 def find_experiment(experiment_name: str, ckpt_root_dir: str | os.PathLike[str] | None) -> Experiment:
@@ -307,11 +326,10 @@ def nearest(name: str, others: list[str], shown: Callable[[str], str] = str) -> 
     )
 
 
-def _read(experiment: Experiment, run_id: str) -> RunInfo | None:
-    """Return what a run's record says; None when there is no such directory."""
-    run = RunDirectory(experiment.path / run_id)
-    content = summary.read(f"{run.path}/run.json")
-    if not content and not run.path.is_dir():
+def _info(folder: Path, run_id: str, content: dict[str, Any]) -> RunInfo | None:
+    """Return what the record of a run in an experiment's folder says; None when there is no such directory."""
+    path = folder / run_id
+    if not content and not path.is_dir():
         return None
 
     def typed(name: str, kind: type[_T]) -> _T | None:
@@ -319,9 +337,9 @@ def _read(experiment: Experiment, run_id: str) -> RunInfo | None:
 
     return RunInfo(
         run_id=run_id,
-        experiment_name=experiment.name,
-        path=run.path,
-        status=record.status_of(run, content),
+        experiment_name=folder.name,
+        path=path,
+        status=record.status_of(RunDirectory(path), content),
         created=typed("created", str),
         ended=typed("ended", str),
         attempt=typed("attempt", int),

@@ -106,9 +106,9 @@ def created_of(run_id: str) -> float | None:
         return None
 
 
-def value_of(checkpoint: dict[str, Any] | None, name: str) -> float | None:
+def value_of(checkpoint: Any, name: str) -> float | None:
     """Return a metric of a checkpoint as run.json sums it up, or its epoch or step; None where it has none."""
-    if checkpoint is None:
+    if not isinstance(checkpoint, dict):
         return None
     metrics = checkpoint.get("metrics")
     if isinstance(metrics, dict) and name in metrics:

@@ -19,6 +19,7 @@ UNREADABLE = {"status": "unreadable"}
 _NAMES = frozenset(FIELDS)
 _BEHIND = b',\n "run_id"'  # in a record as `atomic.dump_json` writes it only a field of the record itself stands so
 _ENOUGH_BYTES = 64 << 10
+_decode = json.JSONDecoder().raw_decode
 
 
 def read(path: str) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def read(path: str) -> dict[str, Any]:
     end = content.find(_BEHIND)
     if end > 0:
         try:
-            found = json.loads(content[:end] + b"}")
+            found, _ = _decode((content[:end] + b"}").decode())
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict) and found.keys() >= _NAMES:
