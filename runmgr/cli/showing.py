@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from runmgr.cli import references, tables
+from runmgr.cli import curves, references, tables
 from runmgr.disk import directory, drift, failures
 from runmgr.disk import record as records
 from runmgr.errors import RunNotFound
@@ -21,6 +21,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Declare the commands of this file."""
     show = commands.add_parser("show", help="show one run", allow_abbrev=False)
     show.add_argument("run", help=references.REFERENCE)
+    curves.add_options(show)
     path = commands.add_parser("path", help="print where a run, or one of its files, lies", allow_abbrev=False)
     path.add_argument("run", help=references.REFERENCE)
     path.add_argument("file", nargs="?", help="latest, best, average or a file name")
@@ -73,6 +74,7 @@ def _show(given: argparse.Namespace) -> int:
             ("files", " ".join(_files(run.path))),
         ]
     )
+    curves.draw(given, [run])
     return 0
 
 

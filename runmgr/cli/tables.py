@@ -83,6 +83,23 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
         screen.print(line, soft_wrap=True)
 
 
+def print_line(text: str, *, style: str | None = None) -> None:
+    """Print a line, coloured for a person."""
+    if not (style and is_for_a_person()):
+        print(text)
+        return
+    from rich.text import Text
+
+    console().print(Text(text, style=style), soft_wrap=True)
+
+
+def width() -> int:
+    """Return how many columns there are to print in."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that takes how many of how many are done and draws it on a terminal's stderr, if it lasts."""

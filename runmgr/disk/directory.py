@@ -28,6 +28,7 @@ BEST_NAME = "ckpt_best.pth"
 AVERAGE_NAME = "average_model.pth"
 SHORT_NAMES = {"latest": LATEST_NAME, "best": BEST_NAME, "average": AVERAGE_NAME}
 _RUN_ID = re.compile(r"RUN_(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)_(\d{6})")
+_LOG = re.compile(r"log_\d{8}_\d{6}_\d{6}(?:_rank(\d+))?\.txt")
 _NAME_LIMIT_BYTES = 200
 _ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
 _PROJECT_MARKS = (".git", "pyproject.toml", "requirements.txt", ".env", "venv", "setup.py")
@@ -209,6 +210,15 @@ class RunDirectory(NamedTuple):
     def log_path(self, started: str, rank: int) -> Path:
         """Return one rank's log file in the attempt that began at `started`."""
         return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
+
+    def log_paths(self, rank: int = 0) -> list[Path]:
+        """Return one rank's log files that there are, one an attempt, oldest first."""
+        found = [name for name in os.listdir(self.path) if (log := _LOG.fullmatch(name)) and int(log[1] or 0) == rank]
+        return [self.path / name for name in sorted(found)]
+
+    def logging_ranks(self) -> list[int]:
+        """Return the ranks that have logged anything."""
+        return sorted({int(log[1] or 0) for name in os.listdir(self.path) if (log := _LOG.fullmatch(name))})
 
 
 def timestamp(now_us: int) -> str:

@@ -38,11 +38,11 @@ def note(attempt: record.Attempt, run_record: dict[str, Any], state: dict[str, A
 def between(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """Return what differs, by kind: a pair [before, now] or a dict of pairs; what is not known of before is left out."""
     pairs: dict[str, Any] = {
-        "config": _changed(_leaves(before.get("config")), _leaves(now["config"]))
+        "config": _changed(leaves(before.get("config")), leaves(now["config"]))
         if before.get("config") is not None
         else {},
-        "devices": _changed(_devices(before), _devices(now)) if before.get("hosts") else {},
-        "git": _changed(_code(before["git"]), _code(now["git"])) if before.get("git") else {},
+        "devices": _changed(devices(before), devices(now)) if before.get("hosts") else {},
+        "git": _changed(code(before["git"]), code(now["git"])) if before.get("git") else {},
         "packages": _changed(before["packages"], now["packages"]) if before.get("packages") is not None else {},
     }
     for name in _PLAIN:
@@ -76,22 +76,22 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Pair]:
     return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
 
 
-def _leaves(config: Any, path: str = "") -> dict[str, Any]:
+def leaves(config: Any, path: str = "") -> dict[str, Any]:
     """Return a configuration's values by their dotted paths; a list is one value."""
     if not isinstance(config, dict) or (path and not config):
         return {path: config}
     found: dict[str, Any] = {}
     for key, value in config.items():
-        found |= _leaves(value, f"{path}.{key}" if path else key)
+        found |= leaves(value, f"{path}.{key}" if path else key)
     return found
 
 
-def _devices(state: dict[str, Any]) -> dict[str, int]:
+def devices(state: dict[str, Any]) -> dict[str, int]:
     """Return how many devices of each model the hosts have."""
     return dict(Counter(model for host in state["hosts"] for model in host.get("devices") or []))
 
 
-def _code(git: dict[str, Any] | None) -> dict[str, Any]:
+def code(git: dict[str, Any] | None) -> dict[str, Any]:
     """Return the commit, and a digest in place of the uncommitted changes, which are long."""
     if git is None:
         return {}
