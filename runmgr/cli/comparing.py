@@ -32,7 +32,7 @@ def _compare(given: argparse.Namespace) -> int:
     if given.json:
         tables.print_json(found.as_json())
         return 0
-    columns = [Column(""), *(Column(run.run_id) for run in runs)]
+    columns = [Column("", folds=True), *(Column(run.run_id, folds=True) for run in runs)]
     rows = list(_rows(found.different))
     counts = [f"{len(rows)} {kind}" for kind, rows in found.same.items() if rows]
     if given.all:

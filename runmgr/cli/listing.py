@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from runmgr.disk.summary import Progress
+
 _EXPERIMENTS = (Column("EXPERIMENT"), Column("LATEST RUN"))
 _RUNS = (
     Column("RUN"),
@@ -87,9 +89,7 @@ def _ls(given: argparse.Namespace) -> int:
     return 0
 
 
-def _found(
-    name: str, root: Path, wanted: Filter, limit: int | None, advance: catalog.Progress
-) -> Iterator[catalog.RunInfo]:
+def _found(name: str, root: Path, wanted: Filter, limit: int | None, advance: Progress) -> Iterator[catalog.RunInfo]:
     """Yield an experiment's runs, newest first; one that may not be listed is named and does not hide the others."""
     try:
         yield from catalog.find(name, root, wanted, limit=limit, advance=advance)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from runmgr.disk.catalog import RunInfo
-    from runmgr.disk.directory import RunDirectory
 
 _POLL_S = 0.5
 _WAIT_S = 10.0
@@ -44,28 +43,27 @@ def _rank(text: str) -> int:
 
 
 def _logs(given: argparse.Namespace) -> int:
-    info = references.find(given)
-    run = directory.RunDirectory(info.path)
+    run = references.find(given)
+    paths = run.log_paths(given.rank)
     if given.json:
-        paths = [str(path) for path in run.log_paths(given.rank)]
-        tables.print_json({"run_id": info.run_id, "rank": given.rank, "files": paths})
+        tables.print_json({"run_id": run.run_id, "rank": given.rank, "files": list(map(str, paths))})
         return 0
-    if not given.follow and not run.log_paths(given.rank):
-        others = ", ".join(map(str, run.logging_ranks()))
-        has = f"ranks with a log: {others}" if others else "no rank has logged anything"
-        raise RunNotFound(f"rank {given.rank} of run {info.run_id} has no log; {has}", path=str(info.path))
+    if not given.follow and not paths:
+        others = sorted({rank for rank, _ in directory.RunDirectory(run.path).logs()})
+        has = f"ranks with a log: {', '.join(map(str, others))}" if others else "no rank has logged anything"
+        raise RunNotFound(f"rank {given.rank} of run {run.run_id} has no log; {has}", path=str(run.path))
     reader = _Reader(run, given.rank)
     _write(_last_lines(reader, given.lines) if given.lines else reader.news())
     if given.follow:
-        _follow(info, reader, given.wait)
+        _follow(run, reader, given.wait)
     return 0
 
 
-def _follow(info: RunInfo, reader: _Reader, wait_s: float) -> None:
+def _follow(run: RunInfo, reader: _Reader, wait_s: float) -> None:
     """Print what comes until the run has ended, and no other attempt began in time."""
-    attempt, ended_since = info.attempt, None
+    attempt, ended_since = run.attempt, None
     while True:
-        now = catalog.get_run(info.experiment_name, info.run_id, info.path.parent.parent)
+        now = catalog.get_run(run.experiment_name, run.run_id, run.path.parent.parent)
         if now.attempt != attempt:
             attempt, ended_since = now.attempt, None
         has_news = _write(reader.news())  # after the status was read, so the last words are not lost
@@ -74,7 +72,7 @@ def _follow(info: RunInfo, reader: _Reader, wait_s: float) -> None:
         elif not has_news:
             ended_since = ended_since or time.monotonic()
             if now.status in _ENDED_FOR_GOOD or time.monotonic() - ended_since >= wait_s:
-                print(f"runmgr: run {info.run_id}: {now.status}", file=sys.stderr)
+                print(f"runmgr: run {run.run_id}: {now.status}", file=sys.stderr)
                 return
         time.sleep(_POLL_S)
 
@@ -82,7 +80,7 @@ def _follow(info: RunInfo, reader: _Reader, wait_s: float) -> None:
 class _Reader:
     """Reads one rank's logs on from where it stopped. Files are opened anew each time, so that a file server answers."""
 
-    def __init__(self, run: RunDirectory, rank: int) -> None:
+    def __init__(self, run: RunInfo, rank: int) -> None:
         self._run, self._rank = run, rank
         self._read_bytes: dict[Path, int] = {}
         self._last: Path | None = None

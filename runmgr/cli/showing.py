@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import curves, references, tables
 from runmgr.disk import directory, drift, failures
-from runmgr.disk import record as records
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def _path(given: argparse.Namespace) -> int:
 
 def _show(given: argparse.Namespace) -> int:
     run = references.find(given)
-    failure, differences = _first_failure(run), _drift(run)
+    failure, differences = run.first_failure, run.drift
     if given.json:
         tables.print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
         return 0
@@ -78,27 +77,12 @@ def _show(given: argparse.Namespace) -> int:
     return 0
 
 
-def _first_failure(run: catalog.RunInfo) -> dict[str, Any] | None:
-    """Return what the reports of the newest attempt say by now, else what run.json says of an earlier one."""
-    folder = directory.RunDirectory(run.path)
-    found = failures.first(folder, records.newest_record(folder))
-    if found is None and run.status == "lost":
-        found = failures.unheard(run.attempt or 0)
-    known = run.record.get("first_failure")
-    return found or (known if isinstance(known, dict) else None)
-
-
 def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
     if failure is None:
         return []
     report = failure.get("report")
     rows = [("first failure", f"{failures.sentence(failure)} (attempt {failure.get('attempt')})")]
     return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / report) if report else "")]
-
-
-def _drift(run: catalog.RunInfo) -> dict[str, Any]:
-    found = records.newest_record(directory.RunDirectory(run.path)).get("drift")
-    return found if isinstance(found, dict) else {}
 
 
 def _checkpoint(summary: dict[str, Any] | None) -> str:

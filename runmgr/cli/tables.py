@@ -7,7 +7,7 @@ import sys
 import time
 import unicodedata
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +22,15 @@ _STYLES = {"running": "green", "lost": "red", "failed": "red", "interrupted": "y
 
 
 class Column(NamedTuple):
-    """A column's head, and how soon it is left out where the terminal is too narrow: the highest first, 0 never."""
+    """A column's head, and how soon it is left out where the terminal is too narrow: the highest first, 0 never.
+
+    One that `folds` is made narrower instead, its values going on in the next line.
+    """
 
     head: str
     dispensable: int = 0
     is_number: bool = False
+    folds: bool = False
 
 
 def is_for_a_person(stream: TextIO | None = None) -> bool:
@@ -154,12 +158,12 @@ def _print_rich(columns: list[Column], cells: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
     for place in sorted(kept):
         column = columns[place]
-        table.add_column(
-            column.head, justify="right" if column.is_number else "left", no_wrap=True, min_width=widths[place]
-        )
+        justify: Literal["left", "right"] = "right" if column.is_number else "left"
+        least = None if column.folds else widths[place]
+        table.add_column(column.head, justify=justify, no_wrap=not column.folds, min_width=least, overflow="fold")
     for row in cells:
         table.add_row(*(_styled(row[place]) for place in sorted(kept)))
-    screen.print(table, soft_wrap=True)
+    screen.print(table, soft_wrap=not any(column.folds for column in columns))
     if left_out := ", ".join(columns[place].head for place in range(len(columns)) if place not in kept):
         print(f"too narrow for {left_out}", file=sys.stderr)
 

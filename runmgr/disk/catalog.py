@@ -6,33 +6,23 @@ import dataclasses
 import functools
 import heapq
 import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runmgr.disk import directory, record, summary
 from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirectory
+from runmgr.disk.summary import Progress, nobody
 from runmgr.errors import InvalidInput, RunNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from runmgr.disk.checkpoints import Mode
     from runmgr.disk.filters import Filter
 
 _MOST_COMPARED = 1000
-_CHUNK = 64
-_SLOW_S = 0.0003
-_THREADS = 32
 _T = TypeVar("_T")
-
-Progress = Callable[[int, int], object]  # hears how many runs of how many were looked at
-
-
-def _nobody(_done: int, _total: int) -> None:
-    """Hear nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +53,33 @@ class RunInfo:
     def record(self) -> dict[str, Any]:
         """The whole of run.json, read when it is first asked for."""
         return record.look_at_json(RunDirectory(self.path).record_path)
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration of the first attempt, read when it is first asked for."""
+        return record.look_at_json(RunDirectory(self.path).config_path)
+
+    @property
+    def drift(self) -> dict[str, Any]:
+        """What differs between the newest attempt and the one before, as pairs [before, now]."""
+        found = record.newest_record(RunDirectory(self.path)).get("drift")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def first_failure(self) -> dict[str, Any] | None:
+        """Which rank failed first: what the reports of the newest attempt say by now, else what run.json says."""
+        from runmgr.disk import failures
+
+        place = RunDirectory(self.path)
+        found = failures.first(place, record.newest_record(place))
+        if found is None and self.status == "lost":
+            found = failures.unheard(self.attempt or 0)
+        known = self.record.get("first_failure")
+        return found or (known if isinstance(known, dict) else None)
+
+    def log_paths(self, rank: int = 0) -> list[Path]:
+        """Return one rank's log files, one an attempt, oldest first; none when it has logged nothing."""
+        return [path for owner, path in RunDirectory(self.path).logs() if owner == rank]
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -101,7 +118,7 @@ def find(
     wanted: Filter,
     *,
     limit: int | None = None,
-    advance: Progress = _nobody,
+    advance: Progress = nobody,
 ) -> Iterator[RunInfo]:
     """Yield the runs that are wanted, newest first, at most `limit`; `advance` hears how many of how many were looked at."""
     experiment = Experiment(
@@ -120,44 +137,12 @@ def find(
             yield run
 
 
-def look(experiment: Experiment, ids: Sequence[str], advance: Progress = _nobody) -> Iterator[RunInfo]:
+def look(experiment: Experiment, ids: Sequence[str], advance: Progress = nobody) -> Iterator[RunInfo]:
     """Yield what the records of these runs say, in order; those that are gone by now are left out."""
     folder = experiment.path
-    for run_id, content in _contents(folder, ids, advance):
+    for run_id, content in summary.read_many(folder, ids, advance):
         if (run := _info(folder, run_id, content)) is not None:
             yield run
-
-
-def _contents(folder: Path, ids: Sequence[str], advance: Progress) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield runs with the front of their records; where a read waits, as on network storage, many are read at once."""
-    waits_s = []
-    for done, run_id in enumerate(ids[:_CHUNK], start=1):
-        begun = time.perf_counter()
-        content = summary.read(f"{folder}/{run_id}/run.json")
-        waits_s.append(time.perf_counter() - begun)
-        yield run_id, content
-        advance(done, len(ids))
-    chunks = [ids[start : start + _CHUNK] for start in range(_CHUNK, len(ids), _CHUNK)]
-    is_slow = bool(chunks) and sorted(waits_s)[_CHUNK // 2] > _SLOW_S
-    done = _CHUNK
-    for found in _in_threads(folder, chunks) if is_slow else (_read_chunk(folder, chunk) for chunk in chunks):
-        yield from found
-        done += len(found)
-        advance(done, len(ids))
-
-
-def _in_threads(folder: Path, chunks: list[Sequence[str]]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        yield from pool.map(lambda chunk: _read_chunk(folder, chunk), chunks)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read_chunk(folder: Path, ids: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
-    return [(run_id, summary.read(f"{folder}/{run_id}/run.json")) for run_id in ids]
 
 
 def list_experiments(ckpt_root_dir: str | os.PathLike[str] | None = None) -> list[str]:
@@ -196,7 +181,7 @@ def best_run(
     *,
     mode: Mode | None = None,
     ckpt_root_dir: str | os.PathLike[str] | None = None,
-    advance: Progress = _nobody,
+    advance: Progress = nobody,
 ) -> RunInfo:
     """Return the run whose best or latest checkpoint has the best value of `metric`; raises RunNotFound if none has it.
 
@@ -218,7 +203,7 @@ def best_run(
     if metric is None:
         raise RunNotFound(f"no run in {path} has a monitored metric, so none is best; name a metric", path=str(path))
     best, best_value = None, None
-    for run_id, content in _contents(experiment.path, ids[::-1], advance):  # ties keep the older
+    for run_id, content in summary.read_many(experiment.path, ids[::-1], advance):  # ties keep the older
         for checkpoint in (content.get("best"), content.get("latest")):
             value = value_of(checkpoint, metric)
             if is_better(value, best_value, mode):

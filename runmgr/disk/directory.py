@@ -211,14 +211,10 @@ class RunDirectory(NamedTuple):
         """Return one rank's log file in the attempt that began at `started`."""
         return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
 
-    def log_paths(self, rank: int = 0) -> list[Path]:
-        """Return one rank's log files that there are, one an attempt, oldest first."""
-        found = [name for name in os.listdir(self.path) if (log := _LOG.fullmatch(name)) and int(log[1] or 0) == rank]
-        return [self.path / name for name in sorted(found)]
-
-    def logging_ranks(self) -> list[int]:
-        """Return the ranks that have logged anything."""
-        return sorted({int(log[1] or 0) for name in os.listdir(self.path) if (log := _LOG.fullmatch(name))})
+    def logs(self) -> list[tuple[int, Path]]:
+        """Return the log files that there are, each with its rank, oldest first."""
+        found = sorted((name, log) for name in os.listdir(self.path) if (log := _LOG.fullmatch(name)))
+        return [(int(log[1] or 0), self.path / name) for name, log in found]
 
 
 def timestamp(now_us: int) -> str:
