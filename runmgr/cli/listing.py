@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from runmgr.cli import references, tables
 from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
-from runmgr.disk.filters import STATUSES, Filter
+from runmgr.disk.filters import STATUSES, Filter, value_of
+from runmgr.disk.summary import mapping
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def _ls(given: argparse.Namespace) -> int:
     names = [given.experiment] if given.experiment is not None else _experiments(root)
     with tables.progress("reading runs") as advance:
         limit = None if given.all else given.limit
-        found = [_found(name, root, wanted, limit, advance) for name in names]
+        read = catalog.find if given.experiment is not None else _found
+        found = [read(name, root, wanted, limit=limit, advance=advance) for name in names]
         runs = list(islice(merge(*found, key=lambda run: run.run_id, reverse=True), limit))
     columns = _RUNS if given.experiment is not None else (*_RUNS[:1], Column("EXPERIMENT"), *_RUNS[1:])
     rows = (
@@ -120,10 +122,10 @@ def _list_experiments(given: argparse.Namespace) -> int:
 
 
 def _row(run: catalog.RunInfo) -> tuple[object, ...]:
-    latest, best = run.latest or {}, (run.best or {}).get("metrics") or {}
-    value = best.get(run.monitor)
-    shown = f"{run.monitor} {value:.6g}" if isinstance(value, (int, float)) else ""
-    return (run.run_id, run.status, run.attempt, latest.get("epoch"), latest.get("step"), shown, " ".join(run.tags))
+    latest = mapping(run.latest)
+    value = value_of(run.best, run.monitor) if run.monitor else None
+    best = "" if value is None else f"{run.monitor} {value:.6g}"
+    return (run.run_id, run.status, run.attempt, latest.get("epoch"), latest.get("step"), best, " ".join(run.tags))
 
 
 def _is_name(name: str) -> bool:

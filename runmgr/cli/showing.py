@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import curves, references, tables
 from runmgr.disk import directory, drift, failures
+from runmgr.disk.summary import mapping, sequence
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -46,12 +47,7 @@ def _show(given: argparse.Namespace) -> int:
         tables.print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
         return 0
     record = run.record
-    git, error = record.get("git") or {}, record.get("error") or {}
-    commit = str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
-    hosts = ", ".join(
-        f"{host.get('host')} ({len(host.get('ranks', []))} ranks{''.join(', ' + name for name in host.get('devices', []))})"
-        for host in record.get("hosts") or []
-    )
+    error, parent = mapping(record.get("error")), mapping(run.parent)
     tables.print_facts(
         [
             ("run", run.run_id),
@@ -63,13 +59,13 @@ def _show(given: argparse.Namespace) -> int:
             ("ended", run.ended),
             ("attempt", run.attempt),
             ("changed", drift.sentence(differences, shown=3)),
-            ("hosts", hosts),
+            ("hosts", ", ".join(map(_host, sequence(record.get("hosts"))))),
             ("latest", _checkpoint(run.latest)),
             ("best", _checkpoint(run.best)),
-            ("forked from", (record.get("parent") or {}).get("path")),
+            ("forked from", parent.get("path")),
             ("tags", " ".join(run.tags)),
-            ("command", " ".join(map(str, record.get("argv") or []))),
-            ("git", commit),
+            ("command", " ".join(map(str, sequence(record.get("argv"))))),
+            ("git", _commit(mapping(record.get("git")))),
             ("files", " ".join(_files(run.path))),
         ]
     )
@@ -77,20 +73,33 @@ def _show(given: argparse.Namespace) -> int:
     return 0
 
 
+def _host(host: Any) -> str:
+    host = mapping(host)
+    devices = "".join(f", {name}" for name in sequence(host.get("devices")))
+    return f"{host.get('host')} ({len(sequence(host.get('ranks')))} ranks{devices})"
+
+
+def _commit(git: dict[str, Any]) -> str:
+    return str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
+
+
 def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
     if failure is None:
         return []
     report = failure.get("report")
     rows = [("first failure", f"{failures.sentence(failure)} (attempt {failure.get('attempt')})")]
-    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / report) if report else "")]
+    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / str(report)) if report else "")]
 
 
 def _checkpoint(summary: dict[str, Any] | None) -> str:
     if not summary:
         return ""
-    metrics = ", ".join(f"{name} {value}" for name, value in (summary.get("metrics") or {}).items())
+    metrics = ", ".join(f"{name} {value}" for name, value in mapping(summary.get("metrics")).items())
     return f"epoch {summary.get('epoch')}, step {summary.get('step')}{', ' + metrics if metrics else ''}"
 
 
 def _files(path: Path) -> list[str]:
-    return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    try:
+        return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError:  # not ours to look into, or gone by now
+        return []

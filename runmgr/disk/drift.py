@@ -100,9 +100,9 @@ def code(git: dict[str, Any] | None) -> dict[str, Any]:
     return {"commit": git.get("commit"), "uncommitted": digest}
 
 
-def _arrow(pair: Pair) -> str:
-    before, now = (_shortened(value) for value in pair)
-    return f"{before} → {now}"
+def _arrow(pair: Any) -> str:
+    before, now = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+    return f"{_shortened(before)} → {_shortened(now)}"
 
 
 def _shortened(value: Any) -> str:

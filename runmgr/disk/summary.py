@@ -102,3 +102,13 @@ def _read_whole(path: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return UNREADABLE
     return value if isinstance(value, dict) else UNREADABLE
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return a JSON object; nothing in place of what is none, since anything may stand in another program's record."""
+    return value if isinstance(value, dict) else {}
+
+
+def sequence(value: object) -> list[Any]:
+    """Return a JSON array; nothing in place of what is none."""
+    return value if isinstance(value, list) else []
