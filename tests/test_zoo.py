@@ -117,7 +117,7 @@ def test_reading_commands_need_to_write_nothing(animals, outside):
         ["latest", "zoo"],
         ["best", "zoo"],
         ["show", "zoo/best"],
-        ["logs", "zoo@-1"],
+        ["logs", "zoo"],
     ):
         status, out, err = outside(*arguments, around=around)
         assert (status, bool(out), err) == (0, True, "")
