@@ -120,25 +120,3 @@ def test_looking_up_loads_nothing_heavy(runs):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ.copy()
     )
     assert done.stdout == f"{runs[1].name}\n[] 0\n"
-
-
-def test_every_command_and_flag_is_listed_here():
-    """The surface is frozen: whoever changes it changes this list on purpose."""
-    parser = cli.build_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action.choices, dict))
-    found = {
-        name: [action.option_strings or [action.dest] for action in command._actions][1:]
-        for name, command in commands.choices.items()
-    }
-    common = [["--root"], ["--json"]]
-    assert found == {
-        "ls": [["experiment"], ["-n", "--limit"], *common],
-        "show": [["run"], *common],
-        "path": [["run"], ["file"], *common],
-        "latest": [["experiment"], *common],
-        "best": [["experiment"], ["--metric"], ["--mode"], *common],
-        "verify": [["run"], ["--deep"], *common],
-        "pin": [["run"], ["file"], *common],
-        "unpin": [["run"], ["file"], *common],
-        "doctor": [["path"], ["--json"]],
-    }

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from runmgr.cli import references, tables
 from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
-from runmgr.disk.filters import STATUSES, Filter, value_of
+from runmgr.disk.filters import STATUSES, Filter
+from runmgr.disk.metrics import value_of
 from runmgr.disk.summary import mapping
 from runmgr.errors import RunNotFound
 

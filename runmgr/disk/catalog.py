@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from runmgr.disk import directory, record, summary
 from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirectory
+from runmgr.disk.metrics import is_better, value_of
 from runmgr.disk.summary import Progress, nobody
 from runmgr.errors import InvalidInput, RunNotFound
 
@@ -188,9 +189,6 @@ def best_run(
     Without `metric` it is the one that the newest run with a monitored metric watches; without `mode` the one of the
     newest run that watches this metric, else "max".
     """
-    from runmgr.disk.checkpoints import is_better
-    from runmgr.disk.filters import value_of
-
     if mode not in {"max", "min", None}:
         raise InvalidInput(f"mode={mode!r} must be 'max' or 'min'")
     experiment = find_experiment(experiment_name, ckpt_root_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_MARK = ".tfevents."
+_NAME = re.compile(r"\.tfevents\.(\d+)(?:.*\.(\d+))?")  # seconds, host, process, count
 _LENGTH = struct.Struct("<Q")
 _HEAD_BYTES, _TAIL_BYTES = 12, 4  # a length and its checksum, the content, its checksum
 _FLOATS = {1: ("float_val", "<f"), 2: ("double_val", "<d")}  # tensorflow's numbers for types
@@ -47,7 +48,17 @@ def read_scalars(
 
 def event_files(run_path: Path) -> list[Path]:
     """Return a run's events files, one an attempt, oldest first."""
-    return [run_path / name for name in sorted(os.listdir(run_path)) if _MARK in name]
+    try:
+        names = os.listdir(run_path)
+    except OSError:  # gone by now, or not ours to look into
+        return []
+    return [run_path / name for name in sorted(filter(_NAME.search, names), key=_began)]
+
+
+def _began(name: str) -> tuple[int, int, str]:
+    """Order files by the second in which they were begun, then by their count in the process, which has no leading zeros."""
+    found = _NAME.search(name)
+    return (int(found[1]), int(found[2] or 0), name) if found else (0, 0, name)
 
 
 def _events(path: Path) -> Iterator[Any]:

@@ -6,9 +6,10 @@ import operator
 import re
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from runmgr.disk.directory import RUN_ID_FORMAT
+from runmgr.disk.metrics import number, value_of
 from runmgr.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,12 +18,11 @@ if TYPE_CHECKING:
     from runmgr.disk.catalog import RunInfo
 
 STATUSES = ("running", "completed", "failed", "interrupted", "preempted", "lost", "unreadable", "unknown")
-_CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!\s]+)\s*")
+_CONDITION = re.compile(r"\s*([^<>=!]+?)\s*(>=|<=|!=|==|=|>|<)\s*([^<>=!\s]+)\s*")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
     "=": operator.eq, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
-_COUNTS = ("epoch", "step")
 
 
 class Condition(NamedTuple):
@@ -103,24 +103,6 @@ def created_of(run_id: str) -> float | None:
     try:
         return datetime.strptime(run_id, RUN_ID_FORMAT).replace(tzinfo=UTC).timestamp()
     except ValueError:
-        return None
-
-
-def value_of(checkpoint: Any, name: str) -> float | None:
-    """Return a metric of a checkpoint as run.json sums it up, or its epoch or step; None where it has none."""
-    if not isinstance(checkpoint, dict):
-        return None
-    metrics = checkpoint.get("metrics")
-    if isinstance(metrics, dict) and name in metrics:
-        return number(metrics[name])
-    return number(checkpoint.get(name)) if name in _COUNTS else None
-
-
-def number(value: object) -> float | None:
-    """Return a value as a number, also "nan" and "inf", which JSON writes as text."""
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
         return None
 
 

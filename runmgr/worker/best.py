@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runmgr.disk import integrity
-from runmgr.disk.checkpoints import Mode, is_better
+from runmgr.disk.metrics import is_better
 from runmgr.errors import CheckpointCorrupt, InvalidInput, RunError
 from runmgr.worker.averaging import Average, is_averaged, like, wide
 from runmgr.worker.state import module_state
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from runmgr.disk.checkpoints import Mode
     from runmgr.worker.averaging import Weights
 
 _logger = logging.getLogger("runmgr.average")
