@@ -34,7 +34,7 @@ def _compare(given: argparse.Namespace) -> int:
         return 0
     columns = [Column("", folds=True), *(Column(run.run_id, folds=True) for run in runs)]
     rows = list(_rows(found.different))
-    counts = [f"{len(rows)} {kind}" for kind, rows in found.same.items() if rows]
+    counts = [f"{kind} {len(rows)}" for kind, rows in found.same.items() if rows]
     if given.all:
         rows += [("", *("" for _ in runs)), ("the same", *("" for _ in runs)), *_rows(found.same)]
     tables.print_table(columns, rows)
