@@ -78,7 +78,7 @@ def test_a_run_is_meant_by_many_words(runs, capsys, reference):
         (("latest", "digit"), "did you mean digits?"),
         (("show", "digits/RUN_20200101_000000_000000"), "there is no run 'RUN_20200101_000000_000000' in"),
         (("show", "RUN_20200101_000000_000000"), "no experiment in"),
-        (("path", "digits", "nothing.pth"), "there is no"),
+        (("path", "digits", "ckpt_bst.pth"), "did you mean ckpt_best.pth"),
         (("path", "digits", "../../etc/passwd"), "slash"),
         (("show", "../nowhere"), "there is no experiment"),
         (("latest", "a\nb"), "control character"),

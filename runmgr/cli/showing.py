@@ -6,15 +6,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import curves, references, tables
-from runmgr.disk import directory, drift, failures
+from runmgr.disk import catalog, directory, drift, failures
 from runmgr.disk.summary import mapping, sequence
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
-
-    from runmgr.disk import catalog
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,7 +33,8 @@ def _path(given: argparse.Namespace) -> int:
     if given.file is not None:
         path = directory.RunDirectory(path).public_path(given.file)
         if not path.exists():
-            raise RunNotFound(f"there is no {path}", path=str(path))
+            near = catalog.nearest(path.name, _files(path.parent))
+            raise RunNotFound(f"there is no {path}{near}", path=str(path))
     tables.print_json({"path": str(path)}) if given.json else print(path)
     return 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from runmgr.disk import directory, record, summary
 from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirectory
-from runmgr.disk.metrics import is_better, value_of
+from runmgr.disk.metrics import is_better, metric_names, value_of
 from runmgr.disk.summary import Progress, nobody
 from runmgr.errors import InvalidInput, RunNotFound
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runmgr.disk.filters import Filter
 
 _MOST_COMPARED = 1000
+_MOST_ASKED = 50
 _T = TypeVar("_T")
 
 
@@ -207,7 +208,9 @@ def best_run(
             if is_better(value, best_value, mode):
                 best, best_value = run_id, value
     if best is None:
-        raise RunNotFound(f"no run of {path} has saved a checkpoint with the metric {metric!r}", path=str(path))
+        known = {name for run in look(experiment, ids[:_MOST_ASKED]) for name in metric_names(run.best, run.latest)}
+        near = nearest(metric, sorted(known)) if known else "; none of the newest has any metric"
+        raise RunNotFound(f"no run of {path} has saved a checkpoint with the metric {metric!r}{near}", path=str(path))
     return get_run(experiment_name, best, ckpt_root_dir)
 
 

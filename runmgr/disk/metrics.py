@@ -30,6 +30,12 @@ def value_of(checkpoint: Any, name: str) -> float | None:
     return number(checkpoint.get(name)) if name in _COUNTS else None
 
 
+def metric_names(*checkpoints: Any) -> set[str]:
+    """Return the names of the metrics that checkpoints have."""
+    found = (checkpoint.get("metrics") for checkpoint in checkpoints if isinstance(checkpoint, dict))
+    return {str(name) for metrics in found if isinstance(metrics, dict) for name in metrics}
+
+
 def number(value: object) -> float | None:
     """Return a value as a number, also "nan" and "inf", which JSON writes as text."""
     try:

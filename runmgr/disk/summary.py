@@ -24,7 +24,7 @@ UNREADABLE = {"status": "unreadable"}
 _NAMES = frozenset(FIELDS)
 _BEHIND = b',\n "run_id"'  # in a record as `atomic.dump_json` writes it only a field of the record itself stands so
 _ENOUGH_BYTES = 64 << 10
-_CHUNK = 64
+_CHUNK, _SLOW_CHUNK = 64, 8
 _SLOW_S = 0.0003
 _THREADS = 32
 _decode = json.JSONDecoder().raw_decode
@@ -71,8 +71,9 @@ def read_many(folder: Path, ids: Sequence[str], advance: Progress = nobody) -> I
         waits_s.append(time.perf_counter() - begun)
         yield run_id, content
         advance(done, len(ids))
-    chunks = [ids[start : start + _CHUNK] for start in range(_CHUNK, len(ids), _CHUNK)]
-    is_slow = bool(chunks) and sorted(waits_s)[_CHUNK // 2] > _SLOW_S
+    is_slow = len(ids) > _CHUNK and sorted(waits_s)[_CHUNK // 2] > _SLOW_S
+    size = _SLOW_CHUNK if is_slow else _CHUNK
+    chunks = [ids[start : start + size] for start in range(_CHUNK, len(ids), size)]
     done = _CHUNK
     for found in _in_threads(folder, chunks) if is_slow else (_read_chunk(folder, chunk) for chunk in chunks):
         yield from found
