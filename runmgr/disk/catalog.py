@@ -221,7 +221,12 @@ def get_latest_run_id(
     checkpoints_root_dir: str | os.PathLike[str] | None = None,
 ) -> str | None:
     """Return the newest run that has a `ckpt_latest.pth`, or None; `checkpoints_root_dir` is super-gradients' word."""
-    root = directory.resolve_root(ckpt_root_dir if ckpt_root_dir is not None else checkpoints_root_dir)
+    given = ckpt_root_dir if ckpt_root_dir is not None else checkpoints_root_dir
+    root = os.fspath(given) if given is not None else ""
+    if (
+        not root.startswith("/") or "\0" in root
+    ):  # else it is resolved, and the answer comes in little more than a listing
+        root = str(directory.resolve_root(given))
     path = f"{root}/{directory.check_name(experiment_name, 'experiment name')}"
     try:
         names = os.listdir(path)
