@@ -21,6 +21,7 @@ COMMANDS = {
     "bare interpreter": BARE,
     "runmgr latest": [sys.executable, "-m", "runmgr.cli", "latest", "experiment"],
     "runmgr ls": [sys.executable, "-m", "runmgr.cli", "ls", "experiment"],
+    "runmgr show": [sys.executable, "-m", "runmgr.cli", "show", "experiment"],
 }
 
 
@@ -41,7 +42,8 @@ def main() -> None:
             run = Path(root, "experiment", f"RUN_20260101_0000{number:02d}_000000")
             run.mkdir(parents=True)
             (run / "ckpt_latest.pth").touch()
-        environ = os.environ | {"RUNMGR_CKPT_ROOT_DIR": root}
+        environ = os.environ | {"RUNMGR_CKPT_ROOT_DIR": root, "PYTHONPYCACHEPREFIX": f"{root}/byte code"}
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed has its byte code
         times: dict[str, list[float]] = {name: [] for name in COMMANDS}
         for number in range(rounds + 2):
             for name, command in COMMANDS.items():

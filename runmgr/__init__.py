@@ -27,6 +27,9 @@ if TYPE_CHECKING:
         list_runs,
     )
     from runmgr.disk.checkpoints import Checkpoint
+    from runmgr.disk.comparing import Comparison, compare_runs
+    from runmgr.disk.events import ScalarPoint, read_scalars
+    from runmgr.disk.references import find_run
     from runmgr.disk.shelf import Keep
     from runmgr.errors import (
         AgreementError,
@@ -57,6 +60,9 @@ _HOMES = {
         "RunInfo", "best_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs",
     ),
     "runmgr.disk.checkpoints": ("Checkpoint",),
+    "runmgr.disk.comparing": ("Comparison", "compare_runs"),
+    "runmgr.disk.events": ("ScalarPoint", "read_scalars"),
+    "runmgr.disk.references": ("find_run",),
     "runmgr.disk.shelf": ("Keep",),
     "runmgr.errors": (
         "AgreementError", "CheckpointCorrupt", "CheckpointNotFound", "InvalidInput", "InvalidName", "NotShared",
@@ -73,11 +79,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # sorted by a test, without the version
-    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "ExponentialAverage",
-    "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy",
-    "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "Superseded", "best_run",
-    "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank",
-    "recalibrate_batch_norm", "start_run",
+    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison", "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank", "read_scalars", "recalibrate_batch_norm", "start_run",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from runmgr import ranks
-from runmgr.disk import atomic, catalog, checkpoints, drift, failures, provenance, record
+from runmgr.disk import atomic, catalog, checkpoints, drift, failures, provenance, record, summary
 from runmgr.disk import directory as directories
 from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
@@ -197,6 +197,7 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
         if choice.is_new:
             atomic.write_json(run.config_path, provenance.masked(request.config)[0])
             created = attempt.content["started"]
+            run_record.content.update(dict.fromkeys(("format", *summary.FIELDS)))  # in front: see there
             run_record.content.update(
                 format=record.FORMAT, run_id=run.run_id, experiment_name=request.experiment.name, created=created,
                 tags=list(request.tags), parent=None, masked=request.masked, latest=None, best=None, **facts,

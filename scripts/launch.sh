@@ -11,6 +11,6 @@ fi
 source "$scripts/setup.sh"
 case "${1:-}" in
   -h | --help) setup examples ;; # needs a Python, nothing to install
-  *) setup examples torch tensorboard filelock sklearn tqdm ;;
+  *) setup examples torch tensorboard filelock rich plotille shtab sklearn tqdm ;;
 esac
 exec "$python" -m runmgr.launch "$@"

@@ -9,6 +9,8 @@ import sys
 import pytest
 from processes import REPOSITORY, clean_environment
 
+from runmgr import cli
+
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "benchmarks/README.md"])
 README = (REPOSITORY / "README.md").read_text()
 VARIABLE = ((r"\d{8}_\d{6}_\d{6}", "T"), (r"tfevents\S*", "tfevents"), (r"\d\.\d+e?-?\d*", "N"))
@@ -98,3 +100,63 @@ def test_the_example_of_the_averages_prints_what_it_says(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "loss is finite: True\nTrue\n"
+
+
+CLI = (REPOSITORY / "docs/cli.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The three runs that docs/cli.md is about, made by the script that it shows."""
+    return _project(tmp_path_factory.mktemp("cli"), "sweep.py", _blocks(CLI, "python")[0], [sys.executable, "sweep.py"])
+
+
+def _project(folder, script, code, command):
+    (folder / "pyproject.toml").touch()
+    (folder / script).write_text(code)
+    (folder / "bin").mkdir()
+    (folder / "bin/runmgr").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m runmgr.cli "$@"\n')
+    (folder / "bin/runmgr").chmod(0o755)
+    environ = clean_environment(COLUMNS="80")
+    environ.pop("RUNMGR_CKPT_ROOT_DIR", None)
+    environ["PATH"] = f"{folder / 'bin'}:{environ['PATH']}"
+    subprocess.run(command, cwd=folder, env=environ, check=True, capture_output=True, timeout=100)
+    return folder, environ
+
+
+def _told(text: str) -> list[str]:
+    """Leave the values, mask what differs from day to day and machine to machine; runs are known by their order."""
+    for place, run_id in enumerate(sorted(set(re.findall(r"RUN_\d{8}_\d{6}_\d{6}", text)))):
+        text = text.replace(run_id, f"RUN {place}")
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", "time", text)
+    text = re.sub(r"packages \d+;", "packages;", text)
+    return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_docs_cli_shows_what_comes_out(swept):
+    folder, environ = swept
+    shown = real = ""
+    for command, output in re.findall(
+        r"^\$ (.*)\n((?:[^$].*\n)*)", "".join(_blocks(CLI, "console")), flags=re.MULTILINE
+    ):
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=folder, env=environ, capture_output=True, text=True, timeout=100
+        )
+        real += f"$ {command}\n{done.stdout}{done.stderr}".replace(str(folder), "/home/you/project")
+        shown += f"$ {command}\n{output}"
+    assert _told(real) == _told(shown)
+
+
+def test_docs_cli_has_an_example_of_every_command(swept):
+    used = set(re.findall(r"^\$ runmgr (\S+)", "".join(_blocks(CLI, "console")), flags=re.MULTILINE))
+    serves = {"tensorboard"}  # until it is stopped; a page of its own tells of it
+    assert used == {name for names in cli._COMMANDS.values() for name in names} - serves
+
+
+def test_the_python_of_docs_cli_runs(swept):
+    folder, environ = swept
+    done = subprocess.run(
+        [sys.executable, "-c", _blocks(CLI, "python")[1]], cwd=folder, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["[0.1]", "{'lr': (0.1, 0.3)}", "10"]

@@ -19,6 +19,7 @@ PROMISED = {
     "start_run", "Run", "Progress", "SaveHandle", "Keep", "Checkpoint", "BestAverage", "RunningAverage", "ExponentialAverage",
     "list_runs", "get_run", "best_run", "get_latest_run_id", "get_checkpoints_dir_path", "list_experiments", "RunInfo",
     "recalibrate_batch_norm",
+    "find_run", "compare_runs", "Comparison", "read_scalars", "ScalarPoint",
 }  # fmt: skip
 
 
@@ -94,6 +95,12 @@ SIGNATURES = {
     "recalibrate_batch_norm": "model, loader",
     "Keep": "*, last=1, best=1, epochs=(), every_n_epochs=None, every_n_steps=None",
     "get_latest_run_id": "experiment_name, ckpt_root_dir=None, *, checkpoints_root_dir=None",
+    "list_runs": (
+        "experiment_name, ckpt_root_dir=None, *, limit=None, status=(), tags=(), where=(), newer_than_s=None, older_than_s=None"
+    ),
+    "find_run": "reference, ckpt_root_dir=None",
+    "compare_runs": "runs, ckpt_root_dir=None",
+    "read_scalars": "run, ckpt_root_dir=None",
     "get_checkpoints_dir_path": "experiment_name, ckpt_root_dir=None, run_id=None, *, checkpoints_root_dir=None",
 }
 

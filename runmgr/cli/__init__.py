@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "listing": ("ls", "latest", "best"),
     "showing": ("show", "path"),
+    "comparing": ("compare",),
+    "logs": ("logs",),
+    "completion": ("completion",),
     "care": ("verify", "pin", "unpin"),
     "doctor": ("doctor",),
     "tensorboard": ("tensorboard",),

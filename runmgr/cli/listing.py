@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
+from heapq import merge
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from runmgr.cli import references, tables
 from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
+from runmgr.disk.filters import STATUSES, Filter
+from runmgr.disk.metrics import value_of
+from runmgr.disk.summary import mapping
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from runmgr.disk.summary import Progress
 
 _EXPERIMENTS = (Column("EXPERIMENT"), Column("LATEST RUN"))
 _RUNS = (
@@ -27,9 +36,24 @@ _RUNS = (
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
-    ls = commands.add_parser("ls", help="list experiments, or the runs of one, newest first", allow_abbrev=False)
+    ls = commands.add_parser(
+        "ls",
+        help="list experiments, or the runs of one, or those that options ask for, newest first",
+        allow_abbrev=False,
+    )
     ls.add_argument("experiment", nargs="?", help="list this experiment's runs")
     ls.add_argument("-n", "--limit", type=references.positive, default=20, help="how many runs to list (20)")
+    ls.add_argument("--all", action="store_true", help="list all of them")
+    ls.add_argument(
+        "--status", action="append", default=[], metavar="STATUS", help=f"only runs that are {', '.join(STATUSES)}"
+    )
+    ls.add_argument("--tag", action="append", default=[], help="only runs with this tag; given twice: with both")
+    ls.add_argument(
+        "--where", type=references.condition, action="append", default=[], metavar="CONDITION",
+        help="only runs whose best or latest checkpoint fulfils it, such as 'val/accuracy>0.9' or 'epoch>=10'",
+    )  # fmt: skip
+    ls.add_argument("--newer-than", type=references.age_s, metavar="AGE", help="only runs made since, such as 12h, 7d")
+    ls.add_argument("--older-than", type=references.age_s, metavar="AGE", help="only runs made before")
     latest = commands.add_parser("latest", help="print the id of the newest run with a checkpoint", allow_abbrev=False)
     latest.add_argument("experiment")
     best = commands.add_parser("best", help="print the id of the best run by a metric", allow_abbrev=False)
@@ -42,13 +66,53 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _ls(given: argparse.Namespace) -> int:
-    return _list_experiments(given) if given.experiment is None else _list_runs(given)
+    wanted = Filter.of(
+        status=given.status, tags=given.tag, where=given.where,
+        newer_than_s=given.newer_than, older_than_s=given.older_than,
+    )  # fmt: skip
+    if given.experiment is None and wanted.lets_all_through:
+        return _list_experiments(given)
+    root = references.root_of(given)
+    names = [given.experiment] if given.experiment is not None else _experiments(root)
+    with tables.progress("reading runs") as advance:
+        limit = None if given.all else given.limit
+        read = catalog.find if given.experiment is not None else _found
+        found = [read(name, root, wanted, limit=limit, advance=advance) for name in names]
+        runs = list(islice(merge(*found, key=lambda run: run.run_id, reverse=True), limit))
+    columns = _RUNS if given.experiment is not None else (*_RUNS[:1], Column("EXPERIMENT"), *_RUNS[1:])
+    rows = (
+        _row(run) if given.experiment is not None else (run.run_id, run.experiment_name, *_row(run)[1:]) for run in runs
+    )
+    if given.json:
+        tables.print_json([run.as_json() for run in runs])
+    elif runs:
+        tables.print_table(columns, rows)
+    else:
+        print(f"no {'such ' * (not wanted.lets_all_through)}runs in {root / (given.experiment or '')}", file=sys.stderr)
+    return 0
+
+
+def _found(name: str, root: Path, wanted: Filter, limit: int | None, advance: Progress) -> Iterator[catalog.RunInfo]:
+    """Yield an experiment's runs, newest first; one that may not be listed is named and does not hide the others."""
+    try:
+        yield from catalog.find(name, root, wanted, limit=limit, advance=advance)
+    except PermissionError as error:
+        print(f"runmgr: {error}", file=sys.stderr)
+
+
+def _experiments(root: Path) -> list[str]:
+    return [name for name in catalog.list_experiments(root) if _is_name(name)]
 
 
 def _list_experiments(given: argparse.Namespace) -> int:
     root = references.root_of(given)
-    names = catalog.list_experiments(root)
-    rows = [(name, catalog.get_latest_run_id(name, root)) for name in names if _is_name(name)]
+    rows = []
+    for name in _experiments(root):
+        try:
+            rows.append((name, catalog.get_latest_run_id(name, root)))
+        except PermissionError as error:
+            rows.append((name, None))
+            print(f"runmgr: {error}", file=sys.stderr)
     if given.json:
         tables.print_json([{"experiment_name": name, "latest": latest} for name, latest in rows])
     elif rows:
@@ -58,23 +122,11 @@ def _list_experiments(given: argparse.Namespace) -> int:
     return 0
 
 
-def _list_runs(given: argparse.Namespace) -> int:
-    root = references.root_of(given)
-    runs = catalog.list_runs(given.experiment, root, limit=given.limit)
-    if given.json:
-        tables.print_json([run.as_json() for run in runs])
-    elif runs:
-        tables.print_table(_RUNS, map(_row, runs))
-    else:
-        print(f"no runs in {root / given.experiment}", file=sys.stderr)
-    return 0
-
-
 def _row(run: catalog.RunInfo) -> tuple[object, ...]:
-    latest, best = run.latest or {}, (run.best or {}).get("metrics") or {}
-    value = best.get(run.monitor)
-    shown = f"{run.monitor} {value:.6g}" if isinstance(value, (int, float)) else ""
-    return (run.run_id, run.status, run.attempt, latest.get("epoch"), latest.get("step"), shown, " ".join(run.tags))
+    latest = mapping(run.latest)
+    value = value_of(run.best, run.monitor) if run.monitor else None
+    best = "" if value is None else f"{run.monitor} {value:.6g}"
+    return (run.run_id, run.status, run.attempt, latest.get("epoch"), latest.get("step"), best, " ".join(run.tags))
 
 
 def _is_name(name: str) -> bool:
@@ -97,6 +149,8 @@ def _latest(given: argparse.Namespace) -> int:
 
 
 def _best(given: argparse.Namespace) -> int:
-    run = catalog.best_run(given.experiment, given.metric, mode=given.mode, ckpt_root_dir=references.root_of(given))
+    root = references.root_of(given)
+    with tables.progress("reading runs") as advance:
+        run = catalog.best_run(given.experiment, given.metric, mode=given.mode, ckpt_root_dir=root, advance=advance)
     tables.print_json(run.as_json()) if given.json else print(run.run_id)
     return 0

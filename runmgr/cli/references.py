@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from runmgr.disk.catalog import RunInfo
 
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 REFERENCE = (
     "EXPERIMENT (its latest run), EXPERIMENT/best, EXPERIMENT@-2 (last but one), RUN_…, EXPERIMENT/RUN_…, or a path"
 )
@@ -42,3 +43,27 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def age_s(text: str) -> float:
+    """Read an age such as 30m, 12h, 7d or 2w as seconds, for `type=`."""
+    import argparse
+
+    number, unit = text[:-1], text[-1:]
+    if unit not in _UNITS_S or not (number.isascii() and number.replace(".", "", 1).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; write a number and s, m, h, d or w, such as 7d")
+    return float(number) * _UNITS_S[unit]
+
+
+def condition(text: str) -> str:
+    """Check a condition such as val/accuracy>0.9, for `type=`."""
+    import argparse
+
+    from runmgr.disk.filters import Condition
+    from runmgr.errors import InvalidInput
+
+    try:
+        Condition.parse(text)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text

@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from runmgr.cli import references, tables
-from runmgr.disk import directory, drift, failures
-from runmgr.disk import record as records
+from runmgr.cli import curves, references, tables
+from runmgr.disk import catalog, directory, drift, failures
+from runmgr.disk.summary import mapping, sequence
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from runmgr.disk import catalog
-
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
     show = commands.add_parser("show", help="show one run", allow_abbrev=False)
     show.add_argument("run", help=references.REFERENCE)
+    curves.add_options(show)
     path = commands.add_parser("path", help="print where a run, or one of its files, lies", allow_abbrev=False)
     path.add_argument("run", help=references.REFERENCE)
     path.add_argument("file", nargs="?", help="latest, best, average or a file name")
@@ -34,24 +33,20 @@ def _path(given: argparse.Namespace) -> int:
     if given.file is not None:
         path = directory.RunDirectory(path).public_path(given.file)
         if not path.exists():
-            raise RunNotFound(f"there is no {path}", path=str(path))
+            near = catalog.nearest(path.name, _files(path.parent))
+            raise RunNotFound(f"there is no {path}{near}", path=str(path))
     tables.print_json({"path": str(path)}) if given.json else print(path)
     return 0
 
 
 def _show(given: argparse.Namespace) -> int:
     run = references.find(given)
-    failure, differences = _first_failure(run), _drift(run)
+    failure, differences = run.first_failure, run.drift
     if given.json:
         tables.print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
         return 0
     record = run.record
-    git, error = record.get("git") or {}, record.get("error") or {}
-    commit = str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
-    hosts = ", ".join(
-        f"{host.get('host')} ({len(host.get('ranks', []))} ranks{''.join(', ' + name for name in host.get('devices', []))})"
-        for host in record.get("hosts") or []
-    )
+    error, parent = mapping(record.get("error")), mapping(run.parent)
     tables.print_facts(
         [
             ("run", run.run_id),
@@ -63,27 +58,28 @@ def _show(given: argparse.Namespace) -> int:
             ("ended", run.ended),
             ("attempt", run.attempt),
             ("changed", drift.sentence(differences, shown=3)),
-            ("hosts", hosts),
+            ("hosts", ", ".join(map(_host, sequence(record.get("hosts"))))),
             ("latest", _checkpoint(run.latest)),
             ("best", _checkpoint(run.best)),
-            ("forked from", (record.get("parent") or {}).get("path")),
+            ("forked from", parent.get("path")),
             ("tags", " ".join(run.tags)),
-            ("command", " ".join(map(str, record.get("argv") or []))),
-            ("git", commit),
+            ("command", " ".join(map(str, sequence(record.get("argv"))))),
+            ("git", _commit(mapping(record.get("git")))),
             ("files", " ".join(_files(run.path))),
         ]
     )
+    curves.draw(given, [run])
     return 0
 
 
-def _first_failure(run: catalog.RunInfo) -> dict[str, Any] | None:
-    """Return what the reports of the newest attempt say by now, else what run.json says of an earlier one."""
-    folder = directory.RunDirectory(run.path)
-    found = failures.first(folder, records.newest_record(folder))
-    if found is None and run.status == "lost":
-        found = failures.unheard(run.attempt or 0)
-    known = run.record.get("first_failure")
-    return found or (known if isinstance(known, dict) else None)
+def _host(host: Any) -> str:
+    host = mapping(host)
+    devices = "".join(f", {name}" for name in sequence(host.get("devices")))
+    return f"{host.get('host')} ({len(sequence(host.get('ranks')))} ranks{devices})"
+
+
+def _commit(git: dict[str, Any]) -> str:
+    return str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
 
 
 def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -91,20 +87,18 @@ def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[
         return []
     report = failure.get("report")
     rows = [("first failure", f"{failures.sentence(failure)} (attempt {failure.get('attempt')})")]
-    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / report) if report else "")]
-
-
-def _drift(run: catalog.RunInfo) -> dict[str, Any]:
-    found = records.newest_record(directory.RunDirectory(run.path)).get("drift")
-    return found if isinstance(found, dict) else {}
+    return [*rows, ("because", str(failure.get("why"))), ("traceback", str(run.path / str(report)) if report else "")]
 
 
 def _checkpoint(summary: dict[str, Any] | None) -> str:
     if not summary:
         return ""
-    metrics = ", ".join(f"{name} {value}" for name, value in (summary.get("metrics") or {}).items())
+    metrics = ", ".join(f"{name} {value}" for name, value in mapping(summary.get("metrics")).items())
     return f"epoch {summary.get('epoch')}, step {summary.get('step')}{', ' + metrics if metrics else ''}"
 
 
 def _files(path: Path) -> list[str]:
-    return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    try:
+        return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError:  # not ours to look into, or gone by now
+        return []

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import unicodedata
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import TextIO
 
     from rich.console import Console
+    from rich.progress import Progress
 
+_PATIENCE_S = 0.5
 _GAP = "  "
 _STYLES = {"running": "green", "lost": "red", "failed": "red", "interrupted": "yellow", "preempted": "yellow"}
 
 
 class Column(NamedTuple):
-    """A column's head, and how soon it is left out where the terminal is too narrow: the highest first, 0 never."""
+    """A column's head, and how soon it is left out where the terminal is too narrow: the highest first, 0 never.
+
+    One that `folds` is made narrower instead, its values going on in the next line.
+    """
 
     head: str
     dispensable: int = 0
     is_number: bool = False
+    folds: bool = False
 
 
 def is_for_a_person(stream: TextIO | None = None) -> bool:
@@ -80,24 +87,52 @@ def print_facts(facts: Iterable[tuple[str, object]]) -> None:
         screen.print(line, soft_wrap=True)
 
 
-@contextmanager
-def progress(total: float, what: str, *, unit: str = "runs") -> Iterator[Callable[[float], object]]:
-    """Yield a function that takes how much more is done and draws it on a terminal's stderr; elsewhere it does nothing."""
-    if not is_for_a_person(sys.stderr):
-        yield lambda _done: None
+def print_line(text: str, *, style: str | None = None) -> None:
+    """Print a line, coloured for a person."""
+    if not (style and is_for_a_person()):
+        print(text)
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    parts = (
-        TextColumn(what),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn(f"of {total:,g} {unit}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*parts, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
+    console().print(Text(text, style=style), soft_wrap=True)
+
+
+def width() -> int:
+    """Return how many columns there are to print in."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that takes how many of how many are done and draws it on a terminal's stderr, if it lasts."""
+    bar: Progress | None = None
+    begun = time.monotonic()
+
+    def hear(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            if time.monotonic() - begun < _PATIENCE_S or not is_for_a_person(sys.stderr):
+                return
+            bar = _started_bar(what, total)
+        bar.update(bar.task_ids[0], completed=done)
+
+    try:
+        yield hear
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _started_bar(what: str, total: int) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*parts, console=console(stderr=True), transient=True)
+    bar.add_task(what, total=total)
+    bar.start()
+    return bar
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -123,12 +158,12 @@ def _print_rich(columns: list[Column], cells: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, len(_GAP), 0, 0), header_style="bold")
     for place in sorted(kept):
         column = columns[place]
-        table.add_column(
-            column.head, justify="right" if column.is_number else "left", no_wrap=True, min_width=widths[place]
-        )
+        justify: Literal["left", "right"] = "right" if column.is_number else "left"
+        least = None if column.folds else widths[place]
+        table.add_column(column.head, justify=justify, no_wrap=not column.folds, min_width=least, overflow="fold")
     for row in cells:
         table.add_row(*(_styled(row[place]) for place in sorted(kept)))
-    screen.print(table, soft_wrap=True)
+    screen.print(table, soft_wrap=not any(column.folds for column in columns))
     if left_out := ", ".join(columns[place].head for place in range(len(columns)) if place not in kept):
         print(f"too narrow for {left_out}", file=sys.stderr)
 

@@ -84,15 +84,6 @@ class Checkpoint:
         return cls(**values)
 
 
-def is_better(new: float | None, old: float | None, mode: Mode) -> bool:
-    """Whether `new` beats `old`. Ties keep the old one; what is missing or not finite never wins."""
-    if new is None or not math.isfinite(new):
-        return False
-    if old is None or not math.isfinite(old):
-        return True
-    return new > old if mode == "max" else new < old
-
-
 def ranked(checkpoints: Iterable[Checkpoint], monitor: str | None, mode: Mode) -> list[Checkpoint]:
     """Return the checkpoints with a finite `monitor` metric, best first, among equals the older first."""
     if monitor is None:

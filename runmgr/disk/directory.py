@@ -29,7 +29,9 @@ AVERAGE_NAME = "average_model.pth"
 EVENTS_PREFIX = "events.out.tfevents."  # what TensorBoard reads; it writes the rest of the name
 SHORT_NAMES = {"latest": LATEST_NAME, "best": BEST_NAME, "average": AVERAGE_NAME}
 _RUN_ID = re.compile(r"RUN_(\d{4})(\d\d)(\d\d)_(\d\d)(\d\d)(\d\d)_(\d{6})")
+_LOG = re.compile(r"log_\d{8}_\d{6}_\d{6}(?:_rank(\d+))?\.txt")
 _NAME_LIMIT_BYTES = 200
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _ROOT_VARIABLE = "RUNMGR_CKPT_ROOT_DIR"
 _PROJECT_MARKS = (".git", "pyproject.toml", "requirements.txt", ".env", "venv", "setup.py")
 _CLAIM_ATTEMPTS = 10_000
@@ -40,6 +42,8 @@ _made_here: set[Path] = set()  # directories above the runs that this process ma
 
 def check_name(name: object, kind: str) -> str:
     """Return `name` if it is safe as one path component and one word of output, else raise InvalidName."""
+    if isinstance(name, str) and _PLAIN_NAME.fullmatch(name):  # nearly all
+        return name
     if not isinstance(name, str):
         raise InvalidName(f"{kind} must be a string, not {type(name).__name__}", name=repr(name), kind=kind)
     encoded = name.encode(errors="surrogateescape")
@@ -210,6 +214,11 @@ class RunDirectory(NamedTuple):
     def log_path(self, started: str, rank: int) -> Path:
         """Return one rank's log file in the attempt that began at `started`."""
         return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
+
+    def logs(self) -> list[tuple[int, Path]]:
+        """Return the log files that there are, each with its rank, oldest first."""
+        found = sorted((name, log) for name in os.listdir(self.path) if (log := _LOG.fullmatch(name)))
+        return [(int(log[1] or 0), self.path / name) for name, log in found]
 
 
 def timestamp(now_us: int) -> str:

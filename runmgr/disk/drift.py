@@ -41,8 +41,8 @@ def between(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
         "config": _changed(leaves(before.get("config")), leaves(now["config"]))
         if before.get("config") is not None
         else {},
-        "devices": _changed(_devices(before), _devices(now)) if before.get("hosts") else {},
-        "git": _changed(_code(before["git"]), _code(now["git"])) if before.get("git") else {},
+        "devices": _changed(devices(before), devices(now)) if before.get("hosts") else {},
+        "git": _changed(code(before["git"]), code(now["git"])) if before.get("git") else {},
         "packages": _changed(before["packages"], now["packages"]) if before.get("packages") is not None else {},
     }
     for name in _PLAIN:
@@ -86,12 +86,12 @@ def leaves(config: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
-def _devices(state: dict[str, Any]) -> dict[str, int]:
+def devices(state: dict[str, Any]) -> dict[str, int]:
     """Return how many devices of each model the hosts have."""
     return dict(Counter(model for host in state["hosts"] for model in host.get("devices") or []))
 
 
-def _code(git: dict[str, Any] | None) -> dict[str, Any]:
+def code(git: dict[str, Any] | None) -> dict[str, Any]:
     """Return the commit, and a digest in place of the uncommitted changes, which are long."""
     if git is None:
         return {}
@@ -100,9 +100,9 @@ def _code(git: dict[str, Any] | None) -> dict[str, Any]:
     return {"commit": git.get("commit"), "uncommitted": digest}
 
 
-def _arrow(pair: Pair) -> str:
-    before, now = (_shortened(value) for value in pair)
-    return f"{before} → {now}"
+def _arrow(pair: Any) -> str:
+    before, now = pair if isinstance(pair, list) and len(pair) == 2 else (None, pair)
+    return f"{_shortened(before)} → {_shortened(now)}"
 
 
 def _shortened(value: Any) -> str:

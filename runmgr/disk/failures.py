@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from runmgr.disk import atomic, record
+from runmgr.disk.summary import mapping, sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,7 +61,7 @@ def first(run: RunDirectory, attempt: dict[str, Any]) -> dict[str, Any] | None:
     file server's. Without any cause a rank is named only if somebody saw it end, waited for it in vain, or it alone
     left nothing.
     """
-    number = int(attempt.get("attempt") or 0)
+    number = found if isinstance(found := attempt.get("attempt"), int) else 0
     names = _names(run, number)
     causes = [name for name in names if name.endswith(f"-{CAUSE}.json")]
     reports = sorted(_read(run, causes or names), key=_moment)
@@ -100,16 +101,21 @@ def _of_causes(reports: list[dict[str, Any]], count: int) -> dict[str, Any]:
 
 def _of_consequences(reports: list[dict[str, Any]], attempt: dict[str, Any]) -> dict[str, Any]:
     """Name the rank that the consequences point at, as well as they do."""
-    hosts = {rank: host.get("host") for host in attempt.get("hosts") or [] for rank in host.get("ranks") or []}
+    hosts = {
+        rank: mapping(host).get("host")
+        for host in sequence(attempt.get("hosts"))
+        for rank in sequence(mapping(host).get("ranks"))
+        if isinstance(rank, int)
+    }
     heard = {report["rank"] for report in reports}
     silent = sorted(set(hosts) - heard)
     earliest = reports[0]
     for report in reports:
-        for rank in sorted({*map(int, report.get("gone") or {})} - heard):
+        for rank in sorted({int(rank) for rank in mapping(report.get("gone")) if rank.isdecimal()} - heard):
             why = f"no rank left a cause; rank {report['rank']} saw rank {rank} gone"
             return _named(report, rank, hosts.get(rank), why)
     for report in reports:
-        for rank in report.get("blames") or []:
+        for rank in sequence(report.get("blames")):
             if rank != report["rank"]:
                 return _named(report, rank, hosts.get(rank), f"no rank left a cause; rank {report['rank']} names it")
     if len(silent) == 1:
@@ -135,7 +141,7 @@ def _named(report: dict[str, Any], rank: int | None, host: str | None, why: str)
 
 def error_line(report: dict[str, Any]) -> str:
     """Return the error of a report as one line."""
-    error = report.get("error") or {}
+    error = mapping(report.get("error"))
     text = f"{error['type']}: {error.get('message')}" if error.get("type") else str(error.get("message"))
     text = " ".join(text.split())
     return text if len(text) <= _ERROR_LIMIT else text[: _ERROR_LIMIT - 1] + "…"

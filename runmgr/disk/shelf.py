@@ -13,7 +13,6 @@ from runmgr.disk import atomic, integrity, record
 from runmgr.disk.checkpoints import (
     Checkpoint,
     Mode,
-    is_better,
     is_same_content,
     object_names,
     ranked,
@@ -22,6 +21,7 @@ from runmgr.disk.checkpoints import (
     with_names,
 )
 from runmgr.disk.directory import AVERAGE_NAME, BEST_NAME, LATEST_NAME
+from runmgr.disk.metrics import is_better
 from runmgr.disk.pins import pinned_objects
 from runmgr.errors import InvalidInput
 

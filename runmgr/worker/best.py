@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from runmgr.disk.checkpoints import Mode, is_better
+from runmgr.disk.metrics import is_better
 from runmgr.errors import CheckpointCorrupt, InvalidInput
 from runmgr.worker.averaging import Average, ExponentialAverage, check_outlines, of_parts, wide
 from runmgr.worker.fusing import ExactSum, copied_if_finite, copy_all, empty_parts
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from runmgr.disk.checkpoints import Mode
     from runmgr.worker.averaging import Weights
     from runmgr.worker.sharding import Piece
 

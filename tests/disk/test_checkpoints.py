@@ -15,7 +15,7 @@ from disk.holders import hold
 from disk.shelves import names_of, open_shelf, save
 
 from runmgr.disk import atomic, checkpoints, record
-from runmgr.disk.checkpoints import is_better
+from runmgr.disk.metrics import is_better
 from runmgr.disk.shelf import Keep
 from runmgr.errors import CheckpointCorrupt, InvalidInput, Superseded
 

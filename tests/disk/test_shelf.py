@@ -145,8 +145,8 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(monkeypatch):
             run.save({"a": 1}, epoch=1)
     error = OSError(errno.EIO, "Input/output error")
     is_its = lambda path: run.run_dir in path.parents  # noqa: E731
-    with _failing(monkeypatch, pathlib.Path, "read_bytes", error, when=is_its):
-        assert [info.status for info in runmgr.list_runs("several")] == ["unknown", "completed"]
+    with _failing(monkeypatch, os, "open", error, when=lambda path, *_: is_its(pathlib.Path(path))):
+        assert [info.status for info in runmgr.list_runs("several")] == ["unreadable", "completed"]
     with (
         _failing(monkeypatch, pathlib.Path, "read_bytes", error, when=is_its),
         pytest.raises(RankFailed, match="Input/output"),
