@@ -79,7 +79,11 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # sorted by a test, without the version
-    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison", "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout", "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank", "read_scalars", "recalibrate_batch_norm", "start_run",
+    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison",
+    "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout",
+    "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "ScalarPoint",
+    "Superseded", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run",
+    "list_experiments", "list_runs", "per_rank", "read_scalars", "recalibrate_batch_norm", "start_run",
 ]  # fmt: skip
 
 
