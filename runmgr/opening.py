@@ -109,7 +109,8 @@ def _choose_and_open(
     choice = writer = None
     try:
         choice = _choose(request, launches)
-        writer = _become_writer(request, choice, places, launches)
+        with record.told_if_gone(choice.run):
+            writer = _become_writer(request, choice, places, launches)
         if _remember(launches, choice):
             return choice, writer
     except BaseException:
@@ -177,8 +178,6 @@ def _shown(launches: list[Launch]) -> str | None:
 def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
-    for directory in (run.private_path, run.objects_path, run.attempts_path):
-        directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
     lease, key = leases.Lease(run), _shown(launches)
     lease.acquire(takes_over=choice.takes_over, launch=key)
     try:

@@ -21,8 +21,15 @@ SURFACE = {
     "logs": f"run -f/--follow --rank -n/--lines --wait {COMMON}",
     "completion": "shell",
     "verify": f"run --deep {COMMON}",
+    "tag": f"run tag... {COMMON}",
+    "untag": f"run tag... {COMMON}",
     "pin": f"run [file] {COMMON}",
     "unpin": f"run [file] {COMMON}",
+    "export": f"run [file] target {COMMON}",
+    "rm": f"run... {COMMON}",
+    "restore": f"run... {COMMON}",
+    "prune": f"experiment --keep-last --keep-best --older-than --metric --mode --yes {COMMON}",
+    "purge": f"experiment [run...] --older-than --yes {COMMON}",
     "doctor": "path --json",
 }
 

@@ -22,7 +22,7 @@ _PINNED_NAME = re.compile(r"(?:ckpt_pinned_(epoch|step)_(\d+)_)?((\d+)-(\d+)\.pt
 def pinned_objects(run: RunDirectory) -> set[str]:
     """Return the objects that stay whatever `keep` says."""
     try:
-        return set(os.listdir(run.pins_path))
+        return {name for name in os.listdir(run.pins_path) if atomic.TEMPORARY not in name}
     except (FileNotFoundError, NotADirectoryError):
         return set()
 
@@ -33,7 +33,7 @@ def pin(run: RunDirectory, name: str) -> Checkpoint:
     if entry is None:
         raise _no_such_checkpoint(run, name)
     run.pins_path.mkdir(exist_ok=True)
-    atomic.write_bytes(run.pins_path / entry.object_name, b"")
+    atomic.create_empty(run.pins_path / entry.object_name)
     try:
         atomic.point_name(run.path / _pinned_name(entry), entry.path_in(run))
         was_quicker = entry.object_name in object_names(run)
