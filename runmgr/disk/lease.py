@@ -109,13 +109,11 @@ def _make_ready(run: RunDirectory) -> None:
     """
     needed = {path.name: path for path in (run.objects_path, run.attempts_path)}
     with record.told_if_gone(run):
-        names, there = os.listdir(run.path), set()
-        if run.private_path.name in names:
-            there = set(os.listdir(run.private_path))
-            if len(names) == 1 and there <= {run.lease_path.name}:
-                remove_husk(run)
-                raise record.gone(run)
-        else:
+        there = set(os.listdir(run.private_path)) if run.private_path.is_dir() else set()
+        if not record.is_there(run):
+            remove_husk(run)
+            raise record.gone(run)
+        if not there:
             run.private_path.mkdir(exist_ok=True)
         for name in needed.keys() - there:
             needed[name].mkdir(exist_ok=True)
@@ -124,11 +122,10 @@ def _make_ready(run: RunDirectory) -> None:
 def remove_husk(run: RunDirectory) -> None:
     """Remove what filelock makes of a run's path when it looks for the mark of one that was just moved away."""
     with suppress(OSError):
-        if os.listdir(run.path) == [run.private_path.name] and set(os.listdir(run.private_path)) <= {
-            run.lease_path.name
-        }:
+        if not record.is_there(run):
             atomic.remove(run.lease_path)
-            run.private_path.rmdir()
+            with suppress(FileNotFoundError):
+                run.private_path.rmdir()
             run.path.rmdir()
 
 

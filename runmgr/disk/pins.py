@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from runmgr.disk import atomic
@@ -41,6 +42,8 @@ def pin(run: RunDirectory, name: str) -> Checkpoint:
         was_quicker = False
     if not was_quicker:  # than the retention of a live run
         _remove(run, entry)
+        with suppress(OSError):  # not empty, as it should be, unless the run went to the trash in this instant
+            run.pins_path.rmdir()
         raise _no_such_checkpoint(run, name)
     atomic.sync_directory(run.path)
     return entry

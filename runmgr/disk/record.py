@@ -220,14 +220,16 @@ def told_if_gone(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, FileExistsError) as error:  # the second by a mkdir(exist_ok=True) that looked too late
-        if isinstance(error, RunError) or run.attempts_path.is_dir() or _holds_more(run):
+        if isinstance(error, RunError) or is_there(run):
             raise
         raise gone(run) from error
 
 
-def _holds_more(run: RunDirectory) -> bool:
-    """Whether there is more in a run's directory than a look for its lease may have made."""
-    return bool(set(_names_in(run.path)) - {run.private_path.name})
+def is_there(run: RunDirectory) -> bool:
+    """Whether there is more in a run's directory than those make who look for its lease, or mark it, as it goes."""
+    if set(_names_in(run.path)) - {run.private_path.name}:
+        return True
+    return bool({run.attempts_path.name, run.objects_path.name} & set(_names_in(run.private_path)))
 
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:

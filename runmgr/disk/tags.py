@@ -7,6 +7,7 @@ named `-<tag>` takes one of the start away. So no two processes ever change the 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from runmgr.disk import atomic, record
@@ -40,7 +41,18 @@ def add(run: RunDirectory, tags: Iterable[str]) -> tuple[str, ...]:
             directory.mkdir(exist_ok=True)
         for name in names:
             atomic.create_empty(run.tags_path / name)
+        if not record.is_there(run):  # it went to the trash, and this is what is made of its path meanwhile
+            _take_back(run, names)
+            raise record.gone(run)
     return tags_of(run, record.look_at_json(run.record_path))
+
+
+def _take_back(run: RunDirectory, names: list[str]) -> None:
+    for name in names:
+        atomic.remove(run.tags_path / name)
+    with suppress(OSError):
+        for directory in (run.tags_path, run.private_path, run.path):
+            directory.rmdir()
 
 
 def take_away(run: RunDirectory, tags: Iterable[str]) -> tuple[str, ...]:

@@ -72,7 +72,8 @@ def test_a_run_goes_and_comes_back_as_it_was_and_no_look_up_sees_it_meanwhile(ru
 @pytest.mark.parametrize("is_marked", [True, False])
 def test_ids_go_on_above_a_removed_newest_run(run, experiment, is_marked):
     newest = experiment.run("RUN_20991231_235959_999998")
-    newest.path.mkdir()  # as by a host whose clock is wrong, or by super-gradients in local time
+    newest.path.mkdir()
+    (newest.path / "ckpt_latest.pth").touch()  # as by a host whose clock is wrong, or by super-gradients in local time
     if is_marked:
         (experiment.last_run_id_path / newest.run_id).touch()
     else:
