@@ -278,7 +278,7 @@ def _create_run(experiment: Experiment, token: str) -> tuple[RunDirectory, str |
             raise
     try:
         for directory in (run.private_path, run.objects_path, run.attempts_path):
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)  # somebody may have tagged the newest run a moment ago
         run.token_path.write_text(token)
     except BaseException:
         remove_unused(run)
