@@ -17,6 +17,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runmgr.disk.care import (
+        export_checkpoint,
+        pin_checkpoint,
+        remove_run,
+        restore_run,
+        tag_run,
+        unpin_checkpoint,
+        untag_run,
+        verify_run,
+    )
     from runmgr.disk.catalog import (
         RunInfo,
         best_run,
@@ -29,8 +39,11 @@ if TYPE_CHECKING:
     from runmgr.disk.checkpoints import Checkpoint
     from runmgr.disk.comparing import Comparison, compare_runs
     from runmgr.disk.events import ScalarPoint, read_scalars
+    from runmgr.disk.pruning import Pruned, PrunePlan, Verdict, plan_prune
     from runmgr.disk.references import find_run
     from runmgr.disk.shelf import Keep
+    from runmgr.disk.trash import TrashedRun, list_trash, purge_trash
+    from runmgr.disk.verification import Checked
     from runmgr.errors import (
         AgreementError,
         CheckpointCorrupt,
@@ -43,6 +56,7 @@ if TYPE_CHECKING:
         RunBusy,
         RunError,
         RunNotFound,
+        RunProtected,
         Superseded,
     )
     from runmgr.run import Progress, Run
@@ -56,17 +70,24 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "runmgr.disk.care": (
+        "export_checkpoint", "pin_checkpoint", "remove_run", "restore_run", "tag_run", "unpin_checkpoint", "untag_run",
+        "verify_run",
+    ),
     "runmgr.disk.catalog": (
         "RunInfo", "best_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments", "list_runs",
     ),
     "runmgr.disk.checkpoints": ("Checkpoint",),
+    "runmgr.disk.pruning": ("PrunePlan", "Pruned", "Verdict", "plan_prune"),
     "runmgr.disk.comparing": ("Comparison", "compare_runs"),
     "runmgr.disk.events": ("ScalarPoint", "read_scalars"),
     "runmgr.disk.references": ("find_run",),
     "runmgr.disk.shelf": ("Keep",),
+    "runmgr.disk.trash": ("TrashedRun", "list_trash", "purge_trash"),
+    "runmgr.disk.verification": ("Checked",),
     "runmgr.errors": (
         "AgreementError", "CheckpointCorrupt", "CheckpointNotFound", "InvalidInput", "InvalidName", "NotShared",
-        "RankFailed", "RankTimeout", "RunBusy", "RunError", "RunNotFound", "Superseded",
+        "RankFailed", "RankTimeout", "RunBusy", "RunError", "RunNotFound", "RunProtected", "Superseded",
     ),
     "runmgr.run": ("Progress", "Run"),
     "runmgr.start": ("start_run",),
@@ -79,11 +100,14 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # sorted by a test, without the version
-    "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison",
-    "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout",
-    "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "ScalarPoint",
-    "Superseded", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run",
-    "list_experiments", "list_runs", "per_rank", "read_scalars", "recalibrate_batch_norm", "start_run",
+    "AgreementError", "BestAverage", "Checked", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison",
+    "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "PrunePlan", "Pruned",
+    "RankFailed", "RankTimeout", "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunProtected",
+    "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "TrashedRun", "Verdict", "best_run", "compare_runs",
+    "export_checkpoint", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments",
+    "list_runs", "list_trash", "per_rank", "pin_checkpoint", "plan_prune", "purge_trash", "read_scalars",
+    "recalibrate_batch_norm", "remove_run", "restore_run", "start_run", "tag_run", "unpin_checkpoint", "untag_run",
+    "verify_run",
 ]  # fmt: skip
 
 

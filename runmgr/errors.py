@@ -8,6 +8,7 @@
     ├── RunNotFound            no such experiment, run or checkpoint (also a FileNotFoundError)
     │   └── CheckpointNotFound
     ├── RunBusy                somebody else is training in this run right now
+    ├── RunProtected           the run stays as long as something in it is pinned, or another run was forked from it
     ├── Superseded             a newer attempt has taken this run over; this process must stop writing
     ├── NotShared              a host does not see the directory that rank 0 made
     ├── CheckpointCorrupt      a checkpoint's bytes are not the ones that were saved
@@ -79,6 +80,13 @@ class RunBusy(RunError):
     run_id: str
     holder: str
     age_s: float
+
+
+class RunProtected(RunError):
+    """The run is not moved to the trash, for the reason given. Fields: `run_id`, `reason`."""
+
+    run_id: str
+    reason: str
 
 
 class Superseded(RunError):

@@ -15,7 +15,7 @@ from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.disk.launches import NamedLaunch, SlurmLaunch
-from runmgr.errors import InvalidInput, RunError, RunNotFound
+from runmgr.errors import InvalidInput, RunBusy, RunError, RunNotFound
 from runmgr.run import Writer
 from runmgr.worker import agreement as agreements
 
@@ -103,20 +103,31 @@ def _choose_and_open(
 ) -> tuple[_Choice, Writer] | None:
     """Decide which run this launch opens, and become its writer.
 
-    Leaves nothing behind if that fails, nor if a rival start of this launch made the launch's run meanwhile: then
-    returns None, and the next call continues that run.
+    Leaves nothing behind if that fails, nor if a rival start of this launch made the launch's run meanwhile, or somebody
+    removed the new run: then returns None, and the next call continues that run or makes another.
     """
     choice = writer = None
     try:
         choice = _choose(request, launches)
-        writer = _become_writer(request, choice, places, launches)
+        with record.told_if_gone(choice.run):
+            writer = _become_writer(request, choice, places, launches)
         if _remember(launches, choice):
             return choice, writer
-    except BaseException:
+    except BaseException as error:
+        was_removed = _was_removed(choice, error)
         _undo(choice, writer, launches)
-        raise
+        if not was_removed:
+            raise
+        return None
     _undo(choice, writer, launches)
     return None
+
+
+def _was_removed(choice: _Choice | None, error: BaseException) -> bool:
+    """Whether somebody moves the run to the trash that was made for this start a moment ago; then it makes another."""
+    if choice is None or not choice.is_new:
+        return False
+    return isinstance(error, RunBusy) or (isinstance(error, RunNotFound) and not record.is_there(choice.run))
 
 
 def _undo(choice: _Choice | None, writer: Writer | None, launches: list[Launch]) -> None:
@@ -177,8 +188,6 @@ def _shown(launches: list[Launch]) -> str | None:
 def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
-    for directory in (run.private_path, run.objects_path, run.attempts_path):
-        directory.mkdir(exist_ok=True)  # there already, but in a run that another program made
     lease, key = leases.Lease(run), _shown(launches)
     lease.acquire(takes_over=choice.takes_over, launch=key)
     try:

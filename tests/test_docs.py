@@ -129,8 +129,19 @@ def _told(text: str) -> list[str]:
     for place, run_id in enumerate(sorted(set(re.findall(r"RUN_\d{8}_\d{6}_\d{6}", text)))):
         text = text.replace(run_id, f"RUN {place}")
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", "time", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:]{8}", "time", text)
+    text = re.sub(r"[\d.]+ [kM]?B\b", "size", text)
     text = re.sub(r"packages \d+;", "packages;", text)
     return [" ".join(line.split()) for line in text.splitlines()]
+
+
+def test_the_python_of_docs_cli_runs(swept):  # before the examples below, which remove a run
+    folder, environ = swept
+    done = subprocess.run(
+        [sys.executable, "-c", _blocks(CLI, "python")[1]], cwd=folder, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["[0.1]", "{'lr': (0.1, 0.3)}", "10"]
 
 
 def test_docs_cli_shows_what_comes_out(swept):
@@ -151,12 +162,3 @@ def test_docs_cli_has_an_example_of_every_command(swept):
     used = set(re.findall(r"^\$ runmgr (\S+)", "".join(_blocks(CLI, "console")), flags=re.MULTILINE))
     serves = {"tensorboard"}  # until it is stopped; a page of its own tells of it
     assert used == {name for names in cli._COMMANDS.values() for name in names} - serves
-
-
-def test_the_python_of_docs_cli_runs(swept):
-    folder, environ = swept
-    done = subprocess.run(
-        [sys.executable, "-c", _blocks(CLI, "python")[1]], cwd=folder, env=environ, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["[0.1]", "{'lr': (0.1, 0.3)}", "10"]

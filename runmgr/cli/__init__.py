@@ -17,7 +17,9 @@ _COMMANDS = {
     "comparing": ("compare",),
     "logs": ("logs",),
     "completion": ("completion",),
-    "care": ("verify", "pin", "unpin"),
+    "care": ("verify", "tag", "untag", "pin", "unpin", "export"),
+    "removing": ("rm", "restore"),
+    "pruning": ("prune", "purge"),
     "doctor": ("doctor",),
     "tensorboard": ("tensorboard",),
 }

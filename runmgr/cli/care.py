@@ -1,22 +1,19 @@
-"""`verify`, `pin` and `unpin`: are the checkpoints whole, and which of them stay."""
+"""`verify`, `tag`, `untag`, `pin`, `unpin` and `export`: are the checkpoints whole, which of them stay, take one along."""
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runmgr.cli import references, tables
-from runmgr.disk import checkpoints, directory, integrity, pins, record
-from runmgr.errors import CheckpointCorrupt
+from runmgr.cli import references, tables, units
+from runmgr.disk import checkpoints, directory, exporting, pins, tags, verification
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-_REDRAW_S = 0.1
-_LOOKS, _LOOK_AGAIN_S = 10, 0.2
+_MB = 1_000_000
+_FILE = "latest (the default), best, average or a file name"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,107 +23,98 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.add_argument("--deep", action="store_true", help="read every byte, not only sizes and tables of contents")
     verify.set_defaults(command=_verify)
     references.add_common_options(verify)
+    for name, change, text in (
+        ("tag", tags.add, "add tags to a run"),
+        ("untag", tags.take_away, "take tags away from a run"),
+    ):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        command.add_argument("run", help=references.REFERENCE)
+        command.add_argument("tag", nargs="+", help="a word")
+        command.set_defaults(command=_change_tags, change=change)
+        references.add_common_options(command)
     for name, function, text in (
-        ("pin", _pin, "let a checkpoint stay whatever Keep says"),
+        ("pin", _pin, "let a checkpoint stay whatever Keep says, and its run whatever is pruned or removed"),
         ("unpin", _unpin, "leave a pinned checkpoint to Keep again"),
     ):
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         command.add_argument("run", help=references.REFERENCE)
-        command.add_argument("file", nargs="?", default="latest", help="latest (the default), best or a file name")
+        command.add_argument("file", nargs="?", default="latest", help=_FILE)
         command.set_defaults(command=function)
         references.add_common_options(command)
+    export = commands.add_parser("export", help="copy a checkpoint out of its run, to be changed", allow_abbrev=False)
+    export.add_argument("run", help=references.REFERENCE)
+    export.add_argument("file", nargs="?", default="latest", help=_FILE)
+    export.add_argument("target", help="a file that is not there yet, or a directory")
+    export.set_defaults(command=_export)
+    references.add_common_options(export)
+
+
+def _found(given: argparse.Namespace) -> directory.RunDirectory:
+    return directory.RunDirectory(references.find(given).path)
 
 
 def _verify(given: argparse.Namespace) -> int:
     """Check each object against its record and each public name against its object; status 1 if anything is wrong."""
-    run = directory.RunDirectory(references.find(given).path)
+    run = _found(given)
     entries = checkpoints.listed(run)
-    bar = _Bar(sum(entry.size_bytes for entry in entries)) if given.deep else None
-    found = [item for entry in entries if (item := _judged(run, entry, bar)) is not None]
-    if bar is not None:
-        bar.close()
-    damaged = [item for item in found if item["problem"]]
-    if given.json:
-        tables.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": found})
+    if given.deep:
+        total = sum(entry.size_bytes for entry in entries)
+        with tables.counting("MB checked", total, unit=_MB) as on_bytes:
+            found = list(verification.check(run, entries, on_bytes))
     else:
-        for item in found:
-            print(f"{'DAMAGED' if item['problem'] else 'ok':<8} {item['file']}  {', '.join(item['names'])}".rstrip())
-            if item["problem"]:
-                print(f"         {item['problem']}")
+        found = list(verification.check(run, entries))
+    damaged = [item for item in found if item.problem]
+    if given.json:
+        told = [{"file": entry.object_name, "names": list(entry.names), "problem": problem} for entry, problem in found]
+        tables.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": told})
+    else:
+        for entry, problem in found:
+            print(f"{'DAMAGED' if problem else 'ok':<8} {entry.object_name}  {', '.join(entry.names)}".rstrip())
+            if problem:
+                print(f"         {problem}")
         how = "every byte read" if given.deep else "sizes and tables of contents; --deep reads every byte"
         print(f"{len(found)} checkpoints of {run.run_id}, {len(damaged)} damaged ({how})")
     return 1 if damaged else 0
 
 
-def _judged(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Bar | None) -> dict[str, Any] | None:
-    """Say what is wrong with a checkpoint, if anything; None when the training removed it meanwhile."""
-    problem = _problem(run, entry, bar)
-    for _ in range(_LOOKS):  # a save may be between its record and its names
-        if problem is None or record.status_of(run, record.look_at_json(run.record_path)) != "running":
-            break
-        time.sleep(_LOOK_AGAIN_S)
-        now = next((other for other in checkpoints.listed(run) if other.object_name == entry.object_name), None)
-        if now is None:
-            return None
-        entry, problem = now, _problem(run, now, bar)
-    return {"file": entry.object_name, "names": list(entry.names), "problem": problem}
-
-
-def _problem(run: directory.RunDirectory, entry: checkpoints.Checkpoint, bar: _Bar | None) -> str | None:
-    path = entry.path_in(run)
-    try:
-        if bar is None:
-            integrity.check_outline(path, size_bytes=entry.size_bytes, expected_digest=entry.digest)
-        else:
-            checkpoints.verify(run, entry, bar.advance)
-        for name in entry.names:
-            public = run.path / name
-            if not checkpoints.is_same_content(path, public):
-                return f"{public} is missing or holds something else"
-            if bar is not None and not path.samefile(public):
-                integrity.check_content(public)
-    except (CheckpointCorrupt, OSError) as error:
-        return str(error)
-    return None
-
-
-class _Bar:
-    """How far it is, on a terminal; nothing anywhere else."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._total, self._done, self._drawn = max(total_bytes, 1), 0, 0.0
-        self._lock = threading.Lock()
-        self._is_shown = sys.stderr.isatty()
-
-    def advance(self, count: int) -> None:
-        with self._lock:
-            self._done += count
-        if self._is_shown and time.monotonic() - self._drawn > _REDRAW_S:
-            self._drawn = time.monotonic()
-            part = min(1.0, self._done / self._total)
-            print(
-                f"\r[{'#' * round(30 * part):<30}] {part:4.0%} of {self._total / 1e9:.2f} GB", end="", file=sys.stderr
-            )
-
-    def close(self) -> None:
-        if self._is_shown:
-            print("\r\033[K", end="", file=sys.stderr)
+def _change_tags(given: argparse.Namespace) -> int:
+    run = _found(given)
+    now = given.change(run, given.tag)
+    if given.json:
+        tables.print_json({"run_id": run.run_id, "tags": list(now)})
+    else:
+        print(f"{run.run_id} has the tags {' '.join(now)}" if now else f"{run.run_id} has no tags")
+    return 0
 
 
 def _pin(given: argparse.Namespace) -> int:
-    return _change(given, pins.pin, "pinned")
+    return _change_pin(given, pins.pin, "pinned")
 
 
 def _unpin(given: argparse.Namespace) -> int:
-    return _change(given, pins.unpin, "not pinned any more")
+    return _change_pin(given, pins.unpin, "not pinned any more")
 
 
-def _change(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
-    run = directory.RunDirectory(references.find(given).path)
+def _change_pin(given: argparse.Namespace, change: Callable[..., checkpoints.Checkpoint], said: str) -> int:
+    run = _found(given)
     name = run.public_path(given.file).name
     entry: Any = change(run, name)
     if given.json:
         tables.print_json(entry.as_json())
     else:
         print(f"{entry.object_name} (epoch {entry.epoch}, step {entry.step}) is {said}")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    run = _found(given)
+    target = Path(given.target).expanduser().absolute()
+    total = 2 * exporting.size_bytes(run, given.file)
+    with tables.counting("MB copied and checked", total, unit=_MB) as on_bytes:
+        path, size_bytes = exporting.export(run, given.file, target, on_bytes)
+    name = run.public_path(given.file).name
+    if given.json:
+        tables.print_json({"run_id": run.run_id, "file": name, "path": str(path), "size_bytes": size_bytes})
+    else:
+        print(f"{path} is {name} of {run.run_id}, {units.shown_bytes(size_bytes)}, checked")
     return 0

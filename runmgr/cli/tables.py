@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import unicodedata
 from contextlib import contextmanager
@@ -123,6 +124,21 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     finally:
         if bar is not None:
             bar.stop()
+
+
+@contextmanager
+def counting(what: str, total: int, *, unit: int = 1) -> Iterator[Callable[[int], None]]:
+    """Like `progress`, for what says how much more is done, from any thread; drawn in multiples of `unit`."""
+    done, lock = 0, threading.Lock()
+    with progress(what) as hear:
+
+        def add(more: int) -> None:
+            nonlocal done
+            with lock:
+                done += more
+                hear(done // unit, total // unit)
+
+        yield add
 
 
 def _started_bar(what: str, total: int) -> Progress:

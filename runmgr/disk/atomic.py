@@ -302,12 +302,12 @@ def _link(target: Path, name: Path) -> bool:
     return True
 
 
-def copy(source: Path, target: Path) -> None:
-    """Make `target`, which must not exist, a read-only copy of `source`, durable; shared extents where the disk can."""
-    with source.open("rb") as reader, new_file(target, mode=0o444) as descriptor, naming(target):
+def copy(source: Path, target: Path, *, mode: int = 0o444, on_bytes: Callable[[int], object] = lambda _: None) -> None:
+    """Make `target`, which must not exist, a copy of `source`, durable; shared extents where the disk can."""
+    with source.open("rb") as reader, new_file(target, mode=mode) as descriptor, naming(target):
         try:
-            while os.copy_file_range(reader.fileno(), descriptor, _COPY_CHUNK_BYTES * 64):
-                pass
+            while count := os.copy_file_range(reader.fileno(), descriptor, _COPY_CHUNK_BYTES * 16):
+                on_bytes(count)
         except OSError as error:
             if error.errno not in {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP}:
                 raise
@@ -315,6 +315,31 @@ def copy(source: Path, target: Path) -> None:
             reader.seek(0)
             while chunk := reader.read(_COPY_CHUNK_BYTES):
                 write_all(descriptor, chunk)
+                on_bytes(len(chunk))
+
+
+def give_name(temporary: Path, path: Path) -> None:
+    """Move a durable temporary file to `path`; raises FileExistsError, and leaves both, when something lies there."""
+    if _link(temporary, path):
+        remove(temporary)
+    elif os.path.lexists(path):  # where links do not work this is as near as one comes
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    else:
+        os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def move_directory(path: Path, target: Path) -> None:
+    """Give a directory another place on its file system, in one step; nothing but an empty directory may lie there."""
+    os.rename(path, target)
+    sync_directory(target.parent)
+    sync_directory(path.parent)
+
+
+def create_empty(path: Path) -> None:
+    """Make an empty file, durably; one that is there already stays. There is no moment with a temporary."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
+    sync_directory(path.parent)
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runmgr.disk import directory, record, summary
+from runmgr.disk import tags as tagging
 from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirectory
 from runmgr.disk.metrics import is_better, metric_names, value_of
 from runmgr.disk.summary import Progress, nobody
@@ -342,5 +343,5 @@ def _info(folder: Path, run_id: str, content: dict[str, Any]) -> RunInfo | None:
         latest=typed("latest", dict),
         best=typed("best", dict),
         parent=typed("parent", dict),
-        tags=tuple(map(str, typed("tags", list) or ())),
+        tags=tagging.tags_of(RunDirectory(path), content),
     )

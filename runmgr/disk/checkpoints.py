@@ -136,7 +136,9 @@ def listed(run: RunDirectory) -> list[Checkpoint]:
 
 def _owning_names(run: RunDirectory, entries: list[Checkpoint], damaged: frozenset[str]) -> list[Checkpoint]:
     content = record.look_at_json(run.record_path)
-    return with_names(entries, damaged, content.get("monitor"), "min" if content.get("mode") == "min" else "max")
+    monitor = content.get("monitor")  # which another program may have put there
+    mode: Mode = "min" if content.get("mode") == "min" else "max"
+    return with_names(entries, damaged, monitor if isinstance(monitor, str) else None, mode)
 
 
 def with_names(

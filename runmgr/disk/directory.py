@@ -3,7 +3,7 @@
 ::
 
     <ckpt_root_dir>/<experiment_name>/
-    ├── .runmgr/                      create.lock, last_run_id/, launches/
+    ├── .runmgr/                      create.lock, last_run_id/, launches/, trash/
     └── RUN_20261123_153000_123456/   one run, see RunDirectory
 """
 
@@ -123,6 +123,16 @@ class Experiment(NamedTuple):
         """Which run a launch made: the files of `disk/launches.py`."""
         return self.path / ".runmgr" / "launches"
 
+    @property
+    def trash_path(self) -> Path:
+        """Where removed runs lie until they are restored or purged, each under its own name."""
+        return self.path / ".runmgr" / "trash"
+
+    @property
+    def purging_path(self) -> Path:
+        """What is being deleted for good: no run any more, whatever of it is still there."""
+        return self.path / ".runmgr" / "purging"
+
     def run(self, run_id: str) -> RunDirectory:
         """Return the directory of one run, there or not."""
         return RunDirectory(self.path / run_id)
@@ -137,6 +147,11 @@ class RunDirectory(NamedTuple):
     def run_id(self) -> str:
         """The directory's own name."""
         return self.path.name
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that it lies in."""
+        return Experiment(self.path.parent.parent, self.path.parent.name)
 
     def public_path(self, name: str) -> Path:
         """Return a file's place for everybody to see; "latest", "best" and "average" stand for their checkpoints."""
@@ -166,6 +181,11 @@ class RunDirectory(NamedTuple):
     def pins_path(self) -> Path:
         """Empty files, named by the objects that are to stay whatever `keep` says."""
         return self.private_path / "pins"
+
+    @property
+    def tags_path(self) -> Path:
+        """Empty files, named by the tags that were given to the run after its start."""
+        return self.private_path / "tags"
 
     @property
     def attempts_path(self) -> Path:
@@ -262,7 +282,7 @@ def _create_run(experiment: Experiment, token: str) -> tuple[RunDirectory, str |
             raise
     try:
         for directory in (run.private_path, run.objects_path, run.attempts_path):
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)  # somebody may have tagged the newest run a moment ago
         run.token_path.write_text(token)
     except BaseException:
         remove_unused(run)
@@ -293,8 +313,9 @@ def _claim(experiment: Experiment) -> RunDirectory:
 
 def _last_us(experiment: Experiment) -> int:
     """Return the greatest id given out, in microseconds; lists the runs only when no mark is there yet."""
-    names = os.listdir(experiment.last_run_id_path) or os.listdir(experiment.path)
-    run_ids = [name for name in names if is_run_id(name)]
+    run_ids = [
+        name for name in os.listdir(experiment.last_run_id_path) or os.listdir(experiment.path) if is_run_id(name)
+    ]
     while run_ids:  # one round, but for names that only look like run ids
         greatest = max(run_ids)
         if (moment := _parse(greatest)) is not None:
@@ -313,6 +334,15 @@ def _mark_last(experiment: Experiment, run_id: str) -> None:
     *smaller, _ = sorted(name for name in os.listdir(marks) if is_run_id(name))
     for name in smaller:
         atomic.remove(marks / name)
+
+
+def remember_last(experiment: Experiment) -> None:
+    """Mark the greatest id given out, before a run is moved away: in an experiment of another program nothing else does."""
+    make_directories(experiment.last_run_id_path, [])
+    if not os.listdir(experiment.last_run_id_path):
+        run_ids = [name for name in os.listdir(experiment.path) if _parse(name) is not None]
+        if run_ids:
+            _mark_last(experiment, max(run_ids))
 
 
 def _moment(us: int) -> datetime:
@@ -405,7 +435,7 @@ def remove_unused(run: RunDirectory) -> None:
     """
     import shutil
 
-    experiment = Experiment(run.path.parent.parent, run.path.parent.name)
+    experiment = run.experiment
     with contextlib.suppress(OSError):  # what cannot be removed is an empty run, and stays one
         shutil.rmtree(run.path)
         if experiment.path in _made_here and not any(map(is_run_id, os.listdir(experiment.path))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
@@ -41,6 +42,7 @@ class Lease:
         """
         import filelock
 
+        _make_ready(self.run)
         self.after = max(record.attempt_numbers(self.run), default=0)
         watch = _Watch(self.run, self._lease)
         if takes_over and watch.is_of_launch(launch):
@@ -51,6 +53,10 @@ class Lease:
             )
         except filelock.Timeout:
             raise record.busy(self.run, watch.holder(), watch.age_s()) from None
+        if not self.run.attempts_path.is_dir():  # moved away in this instant, and filelock made its directory anew
+            self.release()
+            remove_husk(self.run)
+            raise record.gone(self.run)
 
     def facts(self) -> dict[str, Any]:
         """Return what the holder's attempt says of its mark, so that others know whose it is."""
@@ -76,13 +82,16 @@ class Lease:
     def _regain(self) -> None:
         """Put the mark back: the file server was away for long, or a rival that misjudged it took it and gave up.
 
-        Runs in the thread that refreshed the mark. A writer that was superseded stays without one.
+        Runs in the thread that refreshed the mark. A writer that was superseded, or whose run was moved to the trash,
+        stays without one.
         """
         import filelock
 
         while True:
             with self._lock, suppress(OSError, filelock.Timeout):
                 if self._released.is_set() or max(record.attempt_numbers(self.run), default=0) > self.after + 1:
+                    return
+                if not self.run.attempts_path.is_dir():
                     return
                 with suppress(OSError):
                     self._lease.release()
@@ -91,6 +100,53 @@ class Lease:
                 return
             if self._released.wait(_HEARTBEAT_S):
                 return
+
+
+def _make_ready(run: RunDirectory) -> None:
+    """Make the directories that a run of another program lacks; raises RunNotFound for what is no run any more.
+
+    In a run of our own nothing is made: it might be moved away in this instant.
+    """
+    needed = {path.name: path for path in (run.objects_path, run.attempts_path)}
+    with record.told_if_gone(run):
+        there = set(os.listdir(run.private_path)) if run.private_path.is_dir() else set()
+        if not record.is_there(run):
+            remove_husk(run)
+            raise record.gone(run)
+        if not there:
+            run.private_path.mkdir(exist_ok=True)
+        for name in needed.keys() - there:
+            needed[name].mkdir(exist_ok=True)
+
+
+def remove_husk(run: RunDirectory) -> None:
+    """Remove what filelock makes of a run's path when it looks for the mark of one that was just moved away."""
+    with suppress(OSError):
+        if not record.is_there(run):
+            atomic.remove(run.lease_path)
+            with suppress(FileNotFoundError):
+                run.private_path.rmdir()
+            run.path.rmdir()
+
+
+def claim_without_a_byte(run: RunDirectory) -> int:
+    """Take the next attempt's number where the disk is too full for a mark; raises RunBusy if somebody is alive in it.
+
+    Nobody else can begin to train there either, for want of a mark.
+    """
+    import filelock
+
+    number = max(record.attempt_numbers(run), default=0) + 1
+    watch = _Watch(run, filelock.SoftFileLease(run.lease_path, lease_duration=record.LEASE_S, thread_local=False))
+    while watch.has_mark() and not watch.is_dead():
+        if watch.shows_life():
+            raise record.busy(run, watch.holder(), watch.age_s())
+        time.sleep(_POLL_S)
+    try:
+        os.close(os.open(run.attempt_path(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except FileExistsError:
+        raise record.busy(run, record.holder_of(run), 0.0) from None
+    return number
 
 
 def is_live(run: RunDirectory) -> bool:

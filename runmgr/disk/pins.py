@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from runmgr.disk import atomic
@@ -22,7 +23,7 @@ _PINNED_NAME = re.compile(r"(?:ckpt_pinned_(epoch|step)_(\d+)_)?((\d+)-(\d+)\.pt
 def pinned_objects(run: RunDirectory) -> set[str]:
     """Return the objects that stay whatever `keep` says."""
     try:
-        return set(os.listdir(run.pins_path))
+        return {name for name in os.listdir(run.pins_path) if atomic.TEMPORARY not in name}
     except (FileNotFoundError, NotADirectoryError):
         return set()
 
@@ -33,7 +34,7 @@ def pin(run: RunDirectory, name: str) -> Checkpoint:
     if entry is None:
         raise _no_such_checkpoint(run, name)
     run.pins_path.mkdir(exist_ok=True)
-    atomic.write_bytes(run.pins_path / entry.object_name, b"")
+    atomic.create_empty(run.pins_path / entry.object_name)
     try:
         atomic.point_name(run.path / _pinned_name(entry), entry.path_in(run))
         was_quicker = entry.object_name in object_names(run)
@@ -41,6 +42,8 @@ def pin(run: RunDirectory, name: str) -> Checkpoint:
         was_quicker = False
     if not was_quicker:  # than the retention of a live run
         _remove(run, entry)
+        with suppress(OSError):  # not empty, as it should be, unless the run went to the trash in this instant
+            run.pins_path.rmdir()
         raise _no_such_checkpoint(run, name)
     atomic.sync_directory(run.path)
     return entry

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from runmgr.disk import atomic
-from runmgr.errors import RunBusy, Superseded
+from runmgr.errors import RunBusy, RunError, RunNotFound, Superseded
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from runmgr.disk.directory import RunDirectory
 
 FORMAT = 1
 STATUSES = ("running", "completed", "failed", "interrupted", "preempted")
+REMOVING = "removing"  # what the newest attempt's record says while the run is being moved to the trash
 LEASE_S = 30.0
 _LOST_AFTER_S = 2 * LEASE_S
 _MOST_TRIES = 10
@@ -126,8 +129,11 @@ class Attempt:
             raise
 
     def check_newest(self) -> None:
-        """Raise Superseded when a newer attempt owns the run."""
-        newest = max(attempt_numbers(self.run), default=self.number)
+        """Raise Superseded when a newer attempt owns the run, RunNotFound when the run is in the trash or elsewhere."""
+        numbers = attempt_numbers(self.run)
+        if not numbers and not self.run.attempts_path.is_dir():
+            raise gone(self.run)
+        newest = max(numbers, default=self.number)
         if newest > self.number:
             raise Superseded(
                 f"attempt {newest} has taken over run {self.run.run_id}; attempt {self.number} (this process, "
@@ -181,7 +187,11 @@ def text_of(error: BaseException) -> str:
 
 
 def busy(run: RunDirectory, holder: str, age_s: float) -> RunBusy:
-    """Return the error for a run that somebody else trains in."""
+    """Return the error for a run that somebody else trains in, or is moving to the trash."""
+    if newest_record(run).get("status") == REMOVING:
+        return RunBusy(
+            f"run {run.run_id} is being moved to the trash by {holder}", run_id=run.run_id, holder=holder, age_s=age_s
+        )
     return RunBusy(
         f"run {run.run_id} is being trained by {holder}, seen alive {age_s:.0f} s ago. Wait for it to "
         f"end, stop it, or branch off with fork_from={run.run_id!r} (a new run from its checkpoint).",
@@ -189,6 +199,37 @@ def busy(run: RunDirectory, holder: str, age_s: float) -> RunBusy:
         holder=holder,
         age_s=age_s,
     )
+
+
+def gone(run: RunDirectory) -> RunNotFound:
+    """Return the error for a run that was moved away while this process was busy with it."""
+    experiment = run.experiment
+    is_in_trash = (experiment.trash_path / run.run_id).is_dir()
+    how = (
+        f"`runmgr restore {experiment.name}/{run.run_id}` brings it back" if is_in_trash else "it was moved or removed"
+    )
+    return RunNotFound(
+        f"run {run.run_id} is not in {experiment.path} any more{', but in its trash' * is_in_trash}: {how}",
+        path=str(run.path),
+    )
+
+
+@contextmanager
+def told_if_gone(run: RunDirectory) -> Iterator[None]:
+    """Raise RunNotFound in place of what system calls say when the whole run was moved away."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError) as error:  # the second by a mkdir(exist_ok=True) that looked too late
+        if isinstance(error, RunError) or is_there(run):
+            raise
+        raise gone(run) from error
+
+
+def is_there(run: RunDirectory) -> bool:
+    """Whether there is more in a run's directory than those make who look for its lease, or mark it, as it goes."""
+    if set(_names_in(run.path)) - {run.private_path.name}:
+        return True
+    return bool({run.attempts_path.name, run.objects_path.name} & set(_names_in(run.private_path)))
 
 
 def newest_record(run: RunDirectory) -> dict[str, Any]:
