@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from runmgr.worker.averaging import ExponentialAverage, RunningAverage
     from runmgr.worker.best import BestAverage
     from runmgr.worker.saving import SaveHandle
+    from runmgr.worker.soup import average_checkpoints
     from runmgr.worker.state import per_rank
 
     __version__: str
@@ -72,6 +73,7 @@ _HOMES = {
     "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
     "runmgr.worker.best": ("BestAverage",),
     "runmgr.worker.saving": ("SaveHandle",),
+    "runmgr.worker.soup": ("average_checkpoints",),
     "runmgr.worker.state": ("per_rank",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -80,8 +82,8 @@ __all__ = [  # sorted by a test, without the version
     "AgreementError", "BestAverage", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison",
     "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "RankFailed", "RankTimeout",
     "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunningAverage", "SaveHandle", "ScalarPoint",
-    "Superseded", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run",
-    "list_experiments", "list_runs", "per_rank", "read_scalars", "start_run",
+    "Superseded", "average_checkpoints", "best_run", "compare_runs", "find_run", "get_checkpoints_dir_path",
+    "get_latest_run_id", "get_run", "list_experiments", "list_runs", "per_rank", "read_scalars", "start_run",
 ]  # fmt: skip
 
 

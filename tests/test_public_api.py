@@ -19,6 +19,7 @@ PROMISED = {
     "start_run", "Run", "Progress", "SaveHandle", "Keep", "Checkpoint", "BestAverage", "RunningAverage", "ExponentialAverage",
     "list_runs", "get_run", "best_run", "get_latest_run_id", "get_checkpoints_dir_path", "list_experiments", "RunInfo",
     "find_run", "compare_runs", "Comparison", "read_scalars", "ScalarPoint",
+    "average_checkpoints",
 }  # fmt: skip
 
 
@@ -91,6 +92,10 @@ SIGNATURES = {
     "BestAverage": "model, k=10, *, mode='max'",
     "RunningAverage": "model",
     "ExponentialAverage": "model, decay=0.999",
+    "average_checkpoints": (
+        "sources, output=None, *, best=None, epochs=(), key=None, ckpt_root_dir=None, device='cpu', overwrite=False, "
+        "on_progress=None"
+    ),
     "Keep": "*, last=1, best=1, epochs=(), every_n_epochs=None, every_n_steps=None",
     "get_latest_run_id": "experiment_name, ckpt_root_dir=None, *, checkpoints_root_dir=None",
     "list_runs": (

@@ -23,6 +23,7 @@ SURFACE = {
     "verify": f"run --deep {COMMON}",
     "pin": f"run [file] {COMMON}",
     "unpin": f"run [file] {COMMON}",
+    "average": f"sources... --best --epochs -o/--output --key --device --force {COMMON}",
     "doctor": "path --json",
 }
 

@@ -18,6 +18,7 @@ _COMMANDS = {
     "logs": ("logs",),
     "completion": ("completion",),
     "care": ("verify", "pin", "unpin"),
+    "average": ("average",),
     "doctor": ("doctor",),
 }
 
