@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from runmgr.worker.batchnorm import recalibrate_batch_norm
     from runmgr.worker.best import BestAverage
     from runmgr.worker.saving import SaveHandle
+    from runmgr.worker.soup import average_checkpoints
     from runmgr.worker.state import per_rank
 
     __version__: str
@@ -95,6 +96,7 @@ _HOMES = {
     "runmgr.worker.batchnorm": ("recalibrate_batch_norm",),
     "runmgr.worker.best": ("BestAverage",),
     "runmgr.worker.saving": ("SaveHandle",),
+    "runmgr.worker.soup": ("average_checkpoints",),
     "runmgr.worker.state": ("per_rank",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -103,11 +105,11 @@ __all__ = [  # sorted by a test, without the version
     "AgreementError", "BestAverage", "Checked", "Checkpoint", "CheckpointCorrupt", "CheckpointNotFound", "Comparison",
     "ExponentialAverage", "InvalidInput", "InvalidName", "Keep", "NotShared", "Progress", "PrunePlan", "Pruned",
     "RankFailed", "RankTimeout", "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunProtected",
-    "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "TrashedRun", "Verdict", "best_run", "compare_runs",
-    "export_checkpoint", "find_run", "get_checkpoints_dir_path", "get_latest_run_id", "get_run", "list_experiments",
-    "list_runs", "list_trash", "per_rank", "pin_checkpoint", "plan_prune", "purge_trash", "read_scalars",
-    "recalibrate_batch_norm", "remove_run", "restore_run", "start_run", "tag_run", "unpin_checkpoint", "untag_run",
-    "verify_run",
+    "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "TrashedRun", "Verdict", "average_checkpoints",
+    "best_run", "compare_runs", "export_checkpoint", "find_run", "get_checkpoints_dir_path", "get_latest_run_id",
+    "get_run", "list_experiments", "list_runs", "list_trash", "per_rank", "pin_checkpoint", "plan_prune",
+    "purge_trash", "read_scalars", "recalibrate_batch_norm", "remove_run", "restore_run", "start_run", "tag_run",
+    "unpin_checkpoint", "untag_run", "verify_run",
 ]  # fmt: skip
 
 

@@ -21,6 +21,19 @@ def _model(device):
 
 
 @DEVICES
+def test_checkpoints_are_averaged_on_a_device_to_the_same_bits(device, tmp_path):
+    states = [_model("cpu").half().state_dict() | {"w": torch.randn(300_000)} for _ in range(3)]
+    paths = [tmp_path / f"{number}.pth" for number in range(3)]
+    for path, state in zip(paths, states, strict=True):
+        torch.save(state, path)
+    runmgr.average_checkpoints(paths, tmp_path / "soup.pth", device=device)
+    found = torch.load(tmp_path / "soup.pth", weights_only=True)["net"]
+    for key, tensor in states[-1].items():
+        exact = torch.stack([state[key].double() for state in states]).sum(0) / 3
+        assert torch.equal(found[key], exact.to(tensor.dtype)), key
+
+
+@DEVICES
 @pytest.mark.parametrize("kind", [runmgr.BestAverage, runmgr.RunningAverage, runmgr.ExponentialAverage])
 def test_an_average_lives_on_the_models_device_and_survives_a_restore(device, kind):
     model = _model(device)

@@ -20,6 +20,7 @@ PROMISED = {
     "list_runs", "get_run", "best_run", "get_latest_run_id", "get_checkpoints_dir_path", "list_experiments", "RunInfo",
     "recalibrate_batch_norm",
     "find_run", "compare_runs", "Comparison", "read_scalars", "ScalarPoint",
+    "average_checkpoints",
 }  # fmt: skip
 
 
@@ -93,6 +94,10 @@ SIGNATURES = {
     "RunningAverage": "model",
     "ExponentialAverage": "model, decay=0.999, *, warmup=0",
     "recalibrate_batch_norm": "model, loader",
+    "average_checkpoints": (
+        "sources, output=None, *, best=None, epochs=(), key=None, ckpt_root_dir=None, device='cpu', overwrite=False, "
+        "on_progress=None"
+    ),
     "Keep": "*, last=1, best=1, epochs=(), every_n_epochs=None, every_n_steps=None",
     "get_latest_run_id": "experiment_name, ckpt_root_dir=None, *, checkpoints_root_dir=None",
     "list_runs": (

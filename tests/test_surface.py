@@ -30,6 +30,7 @@ SURFACE = {
     "restore": f"run... {COMMON}",
     "prune": f"experiment --keep-last --keep-best --older-than --metric --mode --yes {COMMON}",
     "purge": f"experiment [run...] --older-than --yes {COMMON}",
+    "average": f"sources... --best --epochs -o/--output --key --device --force {COMMON}",
     "doctor": "path --json",
     "tensorboard": f"[runs...] -n/--limit --port {COMMON}",
 }

@@ -20,6 +20,7 @@ _COMMANDS = {
     "care": ("verify", "tag", "untag", "pin", "unpin", "export"),
     "removing": ("rm", "restore"),
     "pruning": ("prune", "purge"),
+    "average": ("average",),
     "doctor": ("doctor",),
     "tensorboard": ("tensorboard",),
 }

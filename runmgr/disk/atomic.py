@@ -144,7 +144,7 @@ class Stream:
     def __init__(self, descriptor: int, on_written: Callable[[int], None] = lambda _: None) -> None:
         self.descriptor = descriptor
         self.written_bytes = 0
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
         self._on_written = on_written
         self._gathered = bytearray()
         self._started = 0

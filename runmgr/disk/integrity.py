@@ -6,6 +6,7 @@ digest pins everything outside the records (the table, headers, padding), so dig
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import pickle
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from runmgr.disk import atomic
 from runmgr.disk.atomic import naming
-from runmgr.errors import CheckpointCorrupt
+from runmgr.errors import CheckpointCorrupt, RunError
 
 try:
     from zlib_ng.zlib_ng import crc32  # three to four times as fast
@@ -42,7 +43,9 @@ _ENTRY_BYTES, _LENGTHS_IN_ENTRY, _ENTRY_LENGTHS = 46, 28, struct.Struct("<3H")
 _HAS_DESCRIPTOR = 8  # a flag
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
+    """One record of the zip: where its bytes lie, and their CRC-32 as the table of contents has it."""
+
     name: str
     start: int
     size_bytes: int
@@ -51,22 +54,27 @@ class _Record(NamedTuple):
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of the bytes that no CRC covers: a few kilobytes, so a file just written is not read again."""
-    with _damage_named(path), path.open("rb", buffering=0) as file:
-        seen, position = hashlib.sha256(), 0
-        size_bytes = os.fstat(file.fileno()).st_size
-        for entry in _records(file):
-            _read(file, position, entry.start - position, seen.update)
-            position = entry.start + entry.size_bytes
-        _read(file, position, size_bytes - position, seen.update)
-        return seen.hexdigest()
+    with damage_named(path), path.open("rb", buffering=0) as file:
+        return digest_of(file)
+
+
+def digest_of(file: FileIO) -> str:
+    """Return the digest of an open file; raises what `damage_named` knows."""
+    seen, position = hashlib.sha256(), 0
+    size_bytes = os.fstat(file.fileno()).st_size
+    for entry in records_in(file):
+        _read(file, position, entry.start - position, seen.update)
+        position = entry.start + entry.size_bytes
+    _read(file, position, size_bytes - position, seen.update)
+    return seen.hexdigest()
 
 
 def check_outline(path: Path, *, size_bytes: int, expected_digest: str) -> None:
     """Raise CheckpointCorrupt, or OSError, unless size and digest are the ones recorded: cheap, the data is not read."""
     if (found := path.stat().st_size) != size_bytes:
-        raise _damaged(path, f"it has {found} bytes, saved were {size_bytes}")
+        raise damaged(path, f"it has {found} bytes, saved were {size_bytes}")
     if digest(path) != expected_digest:
-        raise _damaged(path, "its headers or its table of contents are not the ones that were saved")
+        raise damaged(path, "its headers or its table of contents are not the ones that were saved")
 
 
 def check_content(
@@ -78,15 +86,15 @@ def check_content(
     uses several threads, and `on_bytes` hears from each how many bytes they are on.
     """
     index, count = share
-    with _damage_named(path), path.open("rb", buffering=0) as file:
-        records = sorted(_records(file), key=lambda entry: -entry.size_bytes)
+    with damage_named(path), path.open("rb", buffering=0) as file:
+        records = sorted(records_in(file), key=lambda entry: -entry.size_bytes)
         if not any(entry.crc for entry in records):  # another program's file, by a torch that was told to make none
             return
         records = records[index::count]
 
-        def check(entry: _Record) -> None:
-            if _crc_of(file, entry, on_bytes) != entry.crc:
-                raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
+        def check(entry: Record) -> None:
+            if crc_of(file, entry, on_bytes) != entry.crc:
+                raise wrong_crc(path, entry)
 
         if count > 1 or sum(entry.size_bytes for entry in records) < _THREADS * _CHUNK_BYTES:
             for entry in records:
@@ -104,17 +112,17 @@ def check_records(path: Path, contents: Iterable[memoryview]) -> None:
 
     So what was mapped from the file is checked without reading the rest, but for the small records that are no tensors.
     """
-    with _damage_named(path), path.open("rb", buffering=0) as file:
-        records = list(_records(file))
+    with damage_named(path), path.open("rb", buffering=0) as file:
+        records = list(records_in(file))
         if not any(entry.crc for entry in records):  # another program's file, by a torch that was told to make none
             return
         for entry in records:
-            if "/data/" not in entry.name and _crc_of(file, entry) != entry.crc:
-                raise _damaged(path, f"the record {entry.name!r} does not match its CRC-32")
+            if "/data/" not in entry.name and crc_of(file, entry) != entry.crc:
+                raise damaged(path, f"the record {entry.name!r} does not match its CRC-32")
         known = {(entry.size_bytes, entry.crc) for entry in records}
         for content in contents:
             if (len(content), _crc_of_slices(content)) not in known:
-                raise _damaged(path, f"a tensor of {len(content)} bytes does not match any CRC-32")
+                raise damaged(path, f"a tensor of {len(content)} bytes does not match any CRC-32")
 
 
 class RecordStream(atomic.Stream):
@@ -144,7 +152,7 @@ class RecordStream(atomic.Stream):
         """Put the CRCs where torch left zeros: behind each record that has a descriptor, and in the table of contents."""
         self.flush()
         with os.fdopen(os.dup(self.descriptor), "rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
-            records = {entry.name: entry for entry in _records(file)}
+            records = {entry.name: entry for entry in records_in(file)}
             table_start, position = archive.start_dir, 0
             file.seek(table_start)
             table = bytearray(file.read())
@@ -152,7 +160,7 @@ class RecordStream(atomic.Stream):
                 entry = records[info.filename]
                 size_bytes, crc = self._pieces.get(entry.start, (-1, 0))
                 if size_bytes != entry.size_bytes:  # torch wrote it in several pieces
-                    crc = _crc_of(file, entry)
+                    crc = crc_of(file, entry)
                 if info.flag_bits & _HAS_DESCRIPTOR:
                     os.pwrite(self.descriptor, _CRC.pack(crc), entry.start + entry.size_bytes + _CRC_IN_DESCRIPTOR)
                 _CRC.pack_into(table, position + _CRC_IN_ENTRY, crc)
@@ -160,27 +168,53 @@ class RecordStream(atomic.Stream):
             os.pwrite(self.descriptor, table, table_start)
 
 
+class FilledStream(RecordStream):
+    """Where torch would leave a hole for a tensor's bytes (`torch.serialization.skip_data`), the next of `pieces` go.
+
+    So a file is written whose tensors never lie in memory as a whole. An error of `pieces` is kept in `error`.
+    """
+
+    def __init__(self, descriptor: int, pieces: Iterator[memoryview]) -> None:
+        super().__init__(descriptor)
+        self._filling = pieces
+
+    def seek(self, size_bytes: int, _whence: int) -> None:
+        """Write the bytes of one record."""
+        start, self._crc = self.written_bytes, 0
+        try:
+            while (left := start + size_bytes - self.written_bytes) > 0:
+                piece = next(self._filling)
+                assert len(piece) <= left, "torch asks for the tensors in another order than they are in"
+                for position in range(0, len(piece), _CHUNK_BYTES):
+                    self.write_slice(piece[position : position + _CHUNK_BYTES])
+        except BaseException as error:
+            self.error = error
+            raise
+        self._pieces[start] = size_bytes, self._crc
+
+
 def contents(path: Path) -> dict[str, Any]:
     """Return the plain part of what was saved: numbers, texts, lists and dicts; tensors and other objects as None.
 
     Nothing in the file is run: every class and function it names is replaced by one that does nothing.
     """
-    with _damage_named(path), zipfile.ZipFile(path) as archive:
+    with damage_named(path), zipfile.ZipFile(path) as archive:
         name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
         if name is None:
-            raise _damaged(path, "it holds no data.pkl, so torch.save did not write it")
+            raise damaged(path, "it holds no data.pkl, so torch.save did not write it")
         with archive.open(name) as file:
             try:
-                found = _PlainUnpickler(file).load()
+                found = PlainUnpickler(file).load()
             except (pickle.UnpicklingError, AttributeError, TypeError, IndexError, KeyError) as error:
-                raise _damaged(path, f"its data.pkl cannot be read: {error}") from error
+                raise damaged(path, f"its data.pkl cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}
 
 
-class _Inert(dict[Any, Any]):
+class Inert(dict[Any, Any]):
     """Stands for any class or function that a pickle names; takes whatever it is given and keeps nothing."""
 
     def __new__(cls, *_: Any) -> Self:
+        """Take anything."""
         return super().__new__(cls)
 
     def __init__(self, *_: Any) -> None:
@@ -196,15 +230,19 @@ class _Inert(dict[Any, Any]):
         """Forget it."""
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle without running anything: what it names is `Inert`, and tensors are None."""
+
     def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert
+        """Return what stands for a class or a function."""
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
 
-    def persistent_load(self, _: Any) -> None:
-        return None
+    def persistent_load(self, pid: Any) -> Any:
+        """Return what stands for a tensor's memory."""
+        del pid
 
 
-def _records(file: FileIO) -> Iterator[_Record]:
+def records_in(file: FileIO) -> Iterator[Record]:
     """Yield where the data of each record lies, in the order of the file."""
     with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -216,7 +254,7 @@ def _records(file: FileIO) -> Iterator[_Record]:
         header = file.read(_LOCAL_HEADER_BYTES)
         start = entry.header_offset + len(header) + sum(_LENGTHS.unpack(header[-_LENGTHS.size :]))
         end = start + entry.compress_size
-        yield _Record(entry.filename, start, entry.compress_size, entry.CRC)
+        yield Record(entry.filename, start, entry.compress_size, entry.CRC)
 
 
 def _crc_of_slices(content: memoryview) -> int:
@@ -226,7 +264,44 @@ def _crc_of_slices(content: memoryview) -> int:
     return crc
 
 
-def _crc_of(file: FileIO, entry: _Record, on_bytes: Callable[[int], object] = lambda _: None) -> int:
+def crc_of_bytes(content: memoryview) -> int:
+    """Return the CRC-32 of bytes in memory."""
+    return crc32(content)
+
+
+def joined_crc(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two stretches on end, from that of each: what zlib calls crc32_combine."""
+    return _product(_shift_by(second_bytes), first) ^ second
+
+
+_POLYNOMIAL = 0xEDB88320  # that of the CRC-32, its bits in reverse, as everything here
+
+
+@functools.lru_cache
+def _shift_by(size_bytes: int) -> int:
+    """Return what so many zero bytes multiply a CRC by: x to the power of their bits, by squaring."""
+    power, square = 1 << 31, 1 << 23  # 1 and x to the power of 8
+    while size_bytes:
+        if size_bytes & 1:
+            power = _product(square, power)
+        square = _product(square, square)
+        size_bytes >>= 1
+    return power
+
+
+def _product(one: int, other: int) -> int:
+    """Multiply two polynomials over GF(2), modulo the CRC's."""
+    product = 0
+    while one:
+        if one & 1 << 31:
+            product ^= other
+        one = one << 1 & 0xFFFFFFFF
+        other = other >> 1 ^ (_POLYNOMIAL if other & 1 else 0)
+    return product
+
+
+def crc_of(file: FileIO, entry: Record, on_bytes: Callable[[int], object] = lambda _: None) -> int:
+    """Read a record and return its CRC-32."""
     crc = 0
 
     def add(part: memoryview) -> None:
@@ -252,17 +327,25 @@ def _read(file: FileIO, start: int, size_bytes: int, take: Callable[[memoryview]
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn what reading a damaged zip may raise into CheckpointCorrupt."""
     try:
         with naming(path):
             yield
+    except RunError:  # it says what is wrong, though it may be a ValueError as well
+        raise
     except (
         zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, NotImplementedError,
         RuntimeError, RecursionError, MemoryError,
     ) as error:  # fmt: skip
-        raise _damaged(path, str(error) or type(error).__name__) from error
+        raise damaged(path, str(error) or type(error).__name__) from error
 
 
-def _damaged(path: Path, reason: str) -> CheckpointCorrupt:
+def wrong_crc(path: Path, entry: Record) -> CheckpointCorrupt:
+    """Return the error for a record whose bytes changed."""
+    return damaged(path, f"the record {entry.name!r} does not match its CRC-32")
+
+
+def damaged(path: Path, reason: str) -> CheckpointCorrupt:
+    """Return the error for a file whose bytes are not the ones that were saved."""
     return CheckpointCorrupt(f"{path} is damaged: {reason}", path=str(path), reason=reason)

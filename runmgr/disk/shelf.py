@@ -20,7 +20,7 @@ from runmgr.disk.checkpoints import (
     recorded,
     with_names,
 )
-from runmgr.disk.directory import AVERAGE_NAME, BEST_NAME, LATEST_NAME
+from runmgr.disk.directory import AVERAGE_NAME, BEST_NAME, EPOCH_PREFIX, LATEST_NAME
 from runmgr.disk.metrics import is_better
 from runmgr.disk.pins import pinned_objects
 from runmgr.errors import InvalidInput
@@ -376,7 +376,7 @@ def _inodes(directory: Path) -> dict[str, int]:
 
 
 def _epoch_name(epoch: int) -> str:
-    return f"ckpt_epoch_{epoch}.pth"
+    return f"{EPOCH_PREFIX}{epoch}.pth"
 
 
 def _summary(checkpoint: Checkpoint | None) -> dict[str, Any] | None:

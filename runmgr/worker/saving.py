@@ -22,7 +22,7 @@ from runmgr.worker import state as states
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from runmgr.disk.shelf import Shelf
@@ -74,13 +74,30 @@ class SaveHandle:
 
 def write_file(content: Mapping[str, Any], path: Path, on_written: Callable[[int], None] = lambda _: None) -> None:
     """Write `content` to `path`, which appears whole, durable and read-only."""
-    with atomic.new_file(path, mode=0o444) as descriptor, _WithoutCrcs() as pickling:
-        stream = integrity.RecordStream(descriptor, on_written)
+    with atomic.new_file(path, mode=0o444) as descriptor:
+        _write(content, integrity.RecordStream(descriptor, on_written))
+
+
+def write_filled(
+    content: Mapping[str, Any], path: Path, pieces: Iterator[memoryview], before_it_appears: Callable[[], object]
+) -> None:
+    """Write `content` as `write_file` does, with `pieces`, one after another, in place of its tensors' bytes.
+
+    The memory of the tensors is not looked at; it may be one stretch for all of them. `before_it_appears` may still refuse.
+    """
+    with atomic.new_file(path, mode=0o444) as descriptor:
+        with torch.serialization.skip_data():
+            _write(content, integrity.FilledStream(descriptor, pieces))
+        before_it_appears()
+
+
+def _write(content: Mapping[str, Any], stream: integrity.RecordStream) -> None:
+    with _WithoutCrcs() as pickling:
         try:
             torch.save(content, cast("BinaryIO", stream), pickle_module=pickling)
         except RuntimeError as error:  # torch's own, when the disk refused the end of the file
             raise stream.error or error from None
-        stream.fill_crcs()
+    stream.fill_crcs()
 
 
 class _WithoutCrcs:

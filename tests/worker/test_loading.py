@@ -45,7 +45,7 @@ def _state(value):
 
 def _records_of(path):
     with path.open("rb", buffering=0) as file:
-        return list(integrity._records(file))
+        return list(integrity.records_in(file))
 
 
 def _flip(path, position):
