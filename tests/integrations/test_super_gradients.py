@@ -461,3 +461,24 @@ def test_a_file_that_is_not_there_or_no_checkpoint_is_named(tmp_path):
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(InvalidInput, match="list"):
         theirs.read_ckpt_state_dict(tmp_path / "list.pth")
+
+
+def test_a_cyclic_scheduler_is_saved_and_goes_on():
+    def state():
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 1.0, step_size_up=4)
+        return {"net": model, "optimizer_state_dict": optimizer, "torch_scheduler_state_dict": scheduler}
+
+    def go_on(state):
+        state["optimizer_state_dict"].step()
+        state["torch_scheduler_state_dict"].step()
+        return state["torch_scheduler_state_dict"].get_last_lr()
+
+    saved, restored = state(), state()
+    go_on(saved)
+    with runmgr.start_run("digits") as run:
+        run.save(saved, epoch=1)
+    with runmgr.start_run("digits", resume="latest") as run:
+        run.restore(restored)
+    assert go_on(restored) == go_on(saved)
