@@ -482,3 +482,42 @@ def test_a_cyclic_scheduler_is_saved_and_goes_on():
     with runmgr.start_run("digits", resume="latest") as run:
         run.restore(restored)
     assert go_on(restored) == go_on(saved)
+
+
+HYDRA = """
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+import runmgr
+from runmgr.integrations.super_gradients import BaseSGLogger, start_options
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="train")
+def main(cfg):
+    with runmgr.start_run("digits", **start_options(cfg.training_params) | {"config": cfg}) as run:
+        BaseSGLogger(run).add_file(f"{HydraConfig.get().runtime.output_dir}/.hydra/overrides.yaml")
+
+
+main()
+"""
+
+
+def test_a_configuration_of_hydra_is_the_runs_own_and_its_overrides_are_known(tmp_path, root):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text(
+        "lr: 0.1\ntraining_params:\n  lr: ${lr}\n  save_ckpt_epoch_list: [1, 2]\n  resume: false\n"
+    )
+    script = tmp_path / "train.py"
+    script.write_text(HYDRA)
+    environ = clean_environment(RUNMGR_CKPT_ROOT_DIR=str(root))
+    done = subprocess.run(
+        [sys.executable, str(script), "lr=0.5"], cwd=tmp_path, env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (info,) = runmgr.list_runs("digits")
+    assert json.loads((info.path / "config.json").read_text()) == {
+        "lr": 0.5,
+        "training_params": {"lr": 0.5, "save_ckpt_epoch_list": [1, 2], "resume": False},
+    }
+    assert "lr=0.5" in json.dumps(info.record)
+    assert (info.path / "overrides.yaml").read_text() == "- lr=0.5\n"

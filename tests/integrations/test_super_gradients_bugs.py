@@ -125,6 +125,7 @@ def test_sg_4_all_ranks_continue_the_run_that_rank_0_found(root):
     def resume(rank):
         if rank == 1:  # whose client still has the listing of before
             os.listdir = lambda _path: []
+            assert theirs.get_latest_run_id("digits") is None
         with runmgr.start_run("digits", **theirs.start_options({"resume": True, "metric_to_watch": None})) as resumed:
             return resumed.run_id, resumed.restore({"n": 0}).epoch
 
