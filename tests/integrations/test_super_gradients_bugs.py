@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import Child
-from processes import clean_environment, free_port, run_ranks, values
+from processes import clean_environment, free_port, run, run_ranks, values
 from torch import nn
 
 import runmgr
@@ -144,12 +144,10 @@ def test_sg_5_launches_share_no_file_outside_of_their_runs(tmp_path, root, monke
         "    print('on the console')\n"
         "    BaseSGLogger(run).add_scalars({'loss': float(sys.argv[1])}, 1)\n"
     )
-    environ = clean_environment(HOME=str(home), RUNMGR_CKPT_ROOT_DIR=str(root))
-    launches = [
-        subprocess.Popen([sys.executable, str(script), lr], cwd=work, env=environ, stdout=subprocess.DEVNULL)
-        for lr in ("1", "2")
-    ]
-    assert [launch.wait(100) for launch in launches] == [0, 0]
+    monkeypatch.chdir(work)
+    for lr in ("1", "2"):
+        done = run(sys.executable, str(script), lr, HOME=str(home), RUNMGR_CKPT_ROOT_DIR=str(root))
+        assert done.returncode == 0, done.stderr
     assert list(home.iterdir()) == []
     assert [path.name for path in work.iterdir()] == ["train.py"]
     assert sorted((path / "config.json").read_text().split('"')[3] for path in root.glob("digits/RUN_*")) == ["1", "2"]

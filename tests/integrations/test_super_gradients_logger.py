@@ -146,7 +146,7 @@ def test_a_file_is_copied_into_the_run_and_replaced_as_a_whole(tmp_path, monkeyp
     assert (run.run_dir / "recipe.yaml").read_text() == "lr: 2\n"
 
 
-def test_a_logger_of_ones_own_extends_it_and_only_rank_0_writes(root):
+def test_a_logger_of_ones_own_extends_it_and_only_rank_0_writes(tmp_path):
     class Tracked(BaseSGLogger):
         def __init__(self, run):
             super().__init__(run)
@@ -157,23 +157,20 @@ def test_a_logger_of_ones_own_extends_it_and_only_rank_0_writes(root):
             super().add_scalar(tag, scalar_value, global_step)
             self.sent.append((tag, scalar_value))
 
-    def log(rank, source):
+    def log(rank, folder):
+        (folder / f"code{rank}.py").touch()
         with runmgr.start_run("digits") as run:
             logger = Tracked(run)
             logger.add_scalar("Loss", rank, 1)
             logger.add_scalars({"Other": rank}, 1)
             logger.add_text("note", "x")
             logger.add_config("config", {"a": 1})
-            logger.add_checkpoint("extra", {"rank": rank})
-            logger.add_file(source)
+            logger.add_checkpoint(f"extra{rank}", {"n": 1})
+            logger.add_file(folder / f"code{rank}.py")
             logger.close()
-        return str(run.run_dir), logger.sent
+        return logger.sent
 
-    source = root.parent / "code.py"
-    source.write_text("pass\n")
-    (folder, sent), (_, other) = values(run_ranks(2, log, source))
-    assert (sent, other) == ([("Loss", 0)], [])
-    (run,) = runmgr.list_runs("digits")
-    assert str(run.path) == folder
-    assert torch.load(run.path / "extra.pth", weights_only=True) == {"rank": 0}
-    assert len(list(run.path.glob("events.out.tfevents.*"))) == 1
+    assert values(run_ranks(2, log, tmp_path)) == [[("Loss", 0)], []]
+    (info,) = runmgr.list_runs("digits")
+    names = sorted(path.name.partition(".out.")[0].partition("_")[0] for path in info.path.iterdir())
+    assert names == [".runmgr", "code0.py", "config.json", "events", "extra0.pth", "log", "run.json"]
