@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 
@@ -131,5 +132,17 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_rank_0_may_end_at_once_although_the_store_is_its_own():
-    outcomes = run_ranks(4, lambda _: broadcast_from_master("last word"), store="group")
-    assert values(outcomes) == ["last word"] * 4
+    @execute_and_distribute_from_master
+    def work():
+        time.sleep(0.5)  # the others now look only every 50 ms
+        return "last word"
+
+    def end(rank):
+        found = work()
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    first, *others = run_ranks(4, end, store="group")
+    assert first.signal == signal.SIGKILL
+    assert values(others) == ["last word"] * 3
