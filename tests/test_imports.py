@@ -185,6 +185,8 @@ def test_durable_writes_checkpoint_bytes_store_and_signals_each_have_one_home(pa
         ("runmgr.worker.logs", "from runmgr.start import start_run"),
         ("runmgr.run", "from runmgr.start import start_run"),
         ("runmgr.start", "from runmgr.examples import digits"),
+        ("runmgr.run", "def f():\n    from runmgr.integrations import super_gradients"),
+        ("runmgr.cli.runs", "def f():\n    from runmgr.integrations.super_gradients import is_run_dir"),
         ("runmgr.examples.digits", "from runmgr.worker import averaging"),
     ],
 )

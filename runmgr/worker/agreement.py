@@ -23,7 +23,7 @@ import json
 import secrets
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -67,8 +67,10 @@ def connect(timeout_s: float) -> Agreement:
 
 
 def shared(timeout_s: float = 300.0) -> Agreement:
-    """Return the agreement that the open run uses, or join now. Every rank."""
-    return _shared or connect(timeout_s)
+    """Return the agreement that the open run uses, or join now: also when there are others only since then. Every rank."""
+    if _shared is not None and _shared.ranks[:2] == current_ranks()[:2]:
+        return _shared
+    return connect(timeout_s)
 
 
 def forget(agreement: Agreement) -> None:
@@ -214,7 +216,7 @@ class Agreement:
         result: Any = None
         interrupt: BaseException | None = None
         try:
-            with self._beating():
+            with self._beating(self._count):
                 answers = self._collect(what)
                 failure = failure or next(filter(None, map(_failure_in, answers)), None)
                 if failure is None:
@@ -275,16 +277,22 @@ class Agreement:
             _linger(self._store, self._session, self._count, set(range(1, self.ranks.world_size)) - set(absent))
 
     @contextmanager
-    def _beating(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
+        """Let rank 0 work before it comes to the next `agree`, where the others may wait already. Rank 0 only."""
+        with self._beating(self._count + 1) if self._store is not None else nullcontext():
+            yield
+
+    @contextmanager
+    def _beating(self, count: int) -> Iterator[None]:
         """Show the others that rank 0 has come and is alive while it waits or works."""
         assert self._store is not None
-        store, key, ended = self._store, self._key("beat"), threading.Event()
+        store, key, ended = self._store, self._key("beat", count), threading.Event()
 
         def beat() -> None:
-            count = 0
+            beats = 0
             while not ended.wait(_BEAT_S):
-                count += 1
-                store.set(key, str(count))
+                beats += 1
+                store.set(key, str(beats))
 
         thread = threading.Thread(target=beat, name="runmgr-beat", daemon=True)
         thread.start()

@@ -1,0 +1,1 @@
+"""Adapters for those who come from another library; nothing in runmgr imports them."""
