@@ -42,6 +42,7 @@ HOMES = {
     "worker/state.py": {"dist.*"},
     "worker/averaging.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},
+    "worker/tee.py": {"signal.signal"},  # a process of its own
     "relay.py": {"signal.signal", "dist.*"},  # torchrun's main
     "examples": {"dist.*"},  # a user's script, which opens its own process group
 }

@@ -210,6 +210,10 @@ class RunDirectory(NamedTuple):
         """Return one rank's log file in the attempt that began at `started`."""
         return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
 
+    def console_path(self, started: str, rank: int) -> Path:
+        """Return where one rank's standard output and error go, if they are captured."""
+        return self.path / (f"console_{started}.txt" if rank == 0 else f"console_{started}_rank{rank}.txt")
+
 
 def timestamp(now_us: int) -> str:
     """Write microseconds since 1970 the way run ids and log names do, in UTC."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch.utils.tensorboard import SummaryWriter
@@ -89,6 +90,7 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._is_refused = False
+        self._making = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -101,11 +103,20 @@ class TensorBoard:
     @property
     def writer(self) -> SummaryWriter:
         """The writer itself; this makes the events file."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._making:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._log_dir), purge_step=self._purge_step)
-        return self._writer
+                self._writer = SummaryWriter(str(self._log_dir), purge_step=self._purge_step)
+            return self._writer
+
+    def add_now(self, scalars: Mapping[str, float], step: int) -> None:
+        """Write scalars and hand them to the operating system, unless the disk refuses. Any thread."""
+        for name, value in scalars.items():
+            self.add_scalar(name, value, step)
+        if (writer := self._writer) is not None:
+            with self._tolerated():
+                writer.flush()
 
     def resume_after(self, step: int) -> None:
         """Hide what earlier attempts wrote after `step`, which this attempt does again."""
