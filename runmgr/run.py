@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from runmgr.disk import integrity, record
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
-from runmgr.worker import failure, gathering, introduction, loading, logs, meeting, preemption, saving
+from runmgr.worker import console, failure, gathering, introduction, loading, logs, meeting, preemption, saving, system
 from runmgr.worker import state as states
 from runmgr.worker.best import BestAverage
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from runmgr.disk.directory import RunDirectory
@@ -72,6 +72,9 @@ class Run:
         config: dict[str, Any],
         started: str,
         on_save_error: SaveErrorPolicy,
+        capture_console: bool,
+        system_metrics_every_s: float | None,
+        one_of_each_host: Sequence[int],
         on_closed: Callable[[], None],
     ) -> None:
         self.run_id = directory.run_id
@@ -100,6 +103,12 @@ class Run:
         self._late_error: Exception | None = None
         self._pid = os.getpid()
         self._is_open = True
+        self._step = 0  # the last one that was told of
+        self._system = system.SystemMetrics(
+            agreement, one_of_each_host, directory.path, self._log_system, self.logger, every_s=system_metrics_every_s
+        )
+        console_path = directory.console_path(started, self.rank) if capture_console else None
+        self._console = console.capture(console_path, self.logger)
         atexit.register(self._finish_at_exit)
 
     def __repr__(self) -> str:
@@ -112,7 +121,10 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the run with the status that fits; no rank waits for another here."""
-        self._finish(self._status_after(kind), error)
+        try:
+            self._finish(self._status_after(kind), error)
+        finally:
+            self._console.add_traceback(error)
 
     def path(self, name: str) -> Path:
         """Return a file's place in the run directory; "latest", "best" and "average" stand for their checkpoints."""
@@ -120,9 +132,14 @@ class Run:
 
     def log_scalars(self, scalars: Mapping[str, Any], *, step: int) -> None:
         """Write scalars to TensorBoard at `step`. Any rank may call; only rank 0's values are written."""
+        self._step = step
         if self.is_main:
             for name, value in saving.plain_metrics(scalars).items():
                 self.tensorboard.add_scalar(name, value, step)
+
+    def _log_system(self, values: Mapping[str, float]) -> None:
+        """Write what machines did. At the training's step, so that a restore hides what is done again; any thread."""
+        self.tensorboard.add_now({f"system/{name}": value for name, value in values.items()}, self._step)
 
     def save(
         self,
@@ -153,6 +170,7 @@ class Run:
             saving.plain_metrics(metrics)
             if self._saver is not None:
                 self._saver.collect()
+            self._step = self._step if step is None else step
             return gathering.Gathering(state)
 
         def write(found: gathering.Gathering) -> None:
@@ -205,6 +223,7 @@ class Run:
 
         self._agreement.agree(f"load {path}", lambda _: shelf.continue_from(path) if shelf else None, load)
         self._must_restore = False
+        self._step = loaded.get("step") or 0
         self._prepare_saves(state)
         progress = Progress(
             loaded.get("epoch") or 0,
@@ -366,6 +385,7 @@ class Run:
         self._preemption.close()
         if self._meeting is not None:
             self._meeting.close()
+        self._system.close()
         agreements.forget(self._agreement)
         try:
             self.tensorboard.flush()
@@ -388,6 +408,7 @@ class Run:
             self._witness.close()
             self._logs.close()
             self._on_closed()
+            self._console.close()
         if self._late_error is not None:
             raise self._late_error
 

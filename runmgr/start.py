@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -44,6 +45,8 @@ def start_run(
     keep: Keep | None = None,
     on_save_error: SaveErrorPolicy = "raise",
     tags: Iterable[str] = (),
+    capture_console: bool = False,
+    system_metrics_every_s: float | None = 30.0,
     timeout_s: float = 300.0,
 ) -> Run:
     """Open this launch's run: one directory `<ckpt_root_dir>/<experiment_name>/<run_id>/` for all its ranks.
@@ -61,11 +64,13 @@ def start_run(
     keep           which checkpoints stay, see Keep
     on_save_error  "raise", or "warn" to train on with the previous checkpoint, up to three failures in a row
     tags           words to find the run by
+    capture_console  write what each rank prints into console_<time>.txt as well, C++, NCCL and child processes included
+    system_metrics_every_s  how often each host's load goes to TensorBoard, where psutil is installed; None: never
     timeout_s      how long ranks wait for each other before the one that does not come is named
     """
     if _open_run is not None:
         raise RunError(f"run {_open_run.run_id} is still open in this process; finish() it before starting another")
-    if not isinstance(timeout_s, (int, float)) or not math.isfinite(timeout_s) or timeout_s <= 0:
+    if not _is_duration(timeout_s):
         raise InvalidInput(f"timeout_s={timeout_s!r} must be a number of seconds above 0")
     agreement = agreements.connect(float(timeout_s))
     requests: list[Request] = []
@@ -87,6 +92,7 @@ def start_run(
                 tags,
             )
         )
+        _check_period(system_metrics_every_s)
         ranks = agreement.ranks
         return {
             "host": ranks.host,
@@ -109,7 +115,16 @@ def start_run(
         _confirm(agreement, run, answer)
         if agreement.ranks.local_rank == 0:
             launches.remember_by_agent(answer["launch"])
-        return _opened(agreement, run, answer, requests[0], writers, on_save_error)
+        return _opened(
+            agreement,
+            run,
+            answer,
+            requests[0],
+            writers,
+            on_save_error=on_save_error,
+            capture_console=capture_console,
+            system_metrics_every_s=system_metrics_every_s,
+        )
     except BaseException:
         for writer in writers:
             opening.take_back(writer)
@@ -117,13 +132,16 @@ def start_run(
         raise
 
 
-def _opened(  # noqa: PLR0917  # called once, above
+def _opened(  # called once, above
     agreement: Agreement,
     run: RunDirectory,
     answer: dict[str, Any],
     request: Request,
     writers: list[Writer],
+    *,
     on_save_error: SaveErrorPolicy,
+    capture_console: bool,
+    system_metrics_every_s: float | None,
 ) -> Run:
     global _open_run  # noqa: PLW0603  # one open run a process
     opened = Run(
@@ -135,6 +153,9 @@ def _opened(  # noqa: PLR0917  # called once, above
         config=request.config,
         started=answer["started"],
         on_save_error=on_save_error,
+        capture_console=capture_console,
+        system_metrics_every_s=system_metrics_every_s,
+        one_of_each_host=answer["confirming"],
         on_closed=_forget_open_run,
     )
     opened._must_restore = answer["has_checkpoints"]  # noqa: SLF001  # the two files are one part
@@ -144,6 +165,9 @@ def _opened(  # noqa: PLR0917  # called once, above
             "%s %s, attempt %d: %d ranks on %s", "resumed" if opened.resumed else "created", run.path, opened.attempt,
             opened.world_size, ", ".join(answer["hosts"]),
         )  # fmt: skip
+        if request.config:
+            masked, _ = provenance.masked(request.config)
+            opened.logger.info("configuration %s", json.dumps(masked, ensure_ascii=False))
         _tell_of_the_past(opened, writers[0])
         if answer["without_lock"]:
             opened.logger.warning(
@@ -214,6 +238,17 @@ def _check(  # noqa: PLR0917  # the arguments of start_run, in its order
         keep or shelves.Keep(),
         tuple(directories.check_name(tag, "tag") for tag in tags),
     )
+
+
+def _is_duration(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _check_period(system_metrics_every_s: float | None) -> None:
+    if system_metrics_every_s is not None and not _is_duration(system_metrics_every_s):
+        raise InvalidInput(
+            f"system_metrics_every_s={system_metrics_every_s!r} must be a number of seconds above 0, or None to measure nothing"
+        )
 
 
 def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) -> None:

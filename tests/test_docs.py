@@ -34,8 +34,8 @@ def trained(tmp_path_factory):
     (folder / "train.py").write_text(_blocks(README, "python")[0])
     bin_ = folder / "bin"
     bin_.mkdir()
-    for name, module in (("torchrun", "torch.distributed.run"), ("runmgr", "runmgr.cli")):
-        (bin_ / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+    for name, options in (("torchrun", "-m torch.distributed.run"), ("runmgr", "-m runmgr.cli"), ("python", "")):
+        (bin_ / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {options} "$@"\n')
         (bin_ / name).chmod(0o755)
     environ = clean_environment()
     environ.pop("RUNMGR_CKPT_ROOT_DIR", None)
@@ -46,9 +46,24 @@ def trained(tmp_path_factory):
 def test_the_readme_shows_what_its_example_prints(trained):
     folder, environ = trained
     (session,) = _blocks(README, "console")
+    shown, real = _replay(session, folder, environ, "sums")
+    assert _same(real) == _same(shown)
+
+
+def test_the_page_on_logs_shows_what_its_example_leaves(trained):
+    folder, environ = trained
+    page = (REPOSITORY / "docs/logs.md").read_text()
+    (script,), (session,) = _blocks(page, "python"), _blocks(page, "console")
+    (folder / "logs.py").write_text(script)
+    shown, real = _replay(session, folder, environ, "logs")
+    assert _same(real) == _same(shown)
+
+
+def _replay(session, folder, environ, experiment) -> tuple[str, str]:
+    """Return what a page shows of a session with a shell, and what comes out here."""
     shown, real, run_id = "", "", "RUN_"
     for command, output in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, flags=re.MULTILINE):
-        if found := sorted(folder.glob("checkpoints/sums/RUN_*")):
+        if found := sorted(folder.glob(f"checkpoints/{experiment}/RUN_*")):
             run_id = found[-1].name
         done = subprocess.run(
             ["sh", "-c", re.sub(r"RUN_[\d_]+", run_id, command)],
@@ -56,7 +71,7 @@ def test_the_readme_shows_what_its_example_prints(trained):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         shown, real = shown + output, real + done.stdout
-    assert _same(real) == _same(shown)
+    return shown, real
 
 
 def test_the_other_examples_of_the_readme_run_after_the_first(trained):

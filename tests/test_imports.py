@@ -43,6 +43,7 @@ HOMES = {
     "worker/state.py": {"dist.*"},
     "worker/sharding.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},
+    "worker/tee.py": {"signal.signal"},  # a process of its own
     "relay.py": {"signal.signal", "dist.*"},  # torchrun's main
     "examples": {"dist.*"},  # a user's script, which opens its own process group
 }

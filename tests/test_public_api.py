@@ -79,7 +79,8 @@ ATTRIBUTES = {
 SIGNATURES = {
     "start_run": (
         "experiment_name, *, ckpt_root_dir=None, config=None, resume='auto', run_id=None, fork_from=None, monitor=None, "
-        "mode='max', keep=None, on_save_error='raise', tags=(), timeout_s=300.0"
+        "mode='max', keep=None, on_save_error='raise', tags=(), capture_console=False, "
+        "system_metrics_every_s=30.0, timeout_s=300.0"
     ),
     "Run.save": "self, state, *, epoch=None, step=None, metrics=None, block=True",
     "Run.restore": "self, state, name='latest'",

@@ -237,6 +237,10 @@ class RunDirectory(NamedTuple):
         """Return one rank's log file in the attempt that began at `started`."""
         return self.path / (f"log_{started}.txt" if rank == 0 else f"log_{started}_rank{rank}.txt")
 
+    def console_path(self, started: str, rank: int) -> Path:
+        """Return where one rank's standard output and error go, if they are captured."""
+        return self.path / (f"console_{started}.txt" if rank == 0 else f"console_{started}_rank{rank}.txt")
+
     def logs(self) -> list[tuple[int, Path]]:
         """Return the log files that there are, each with its rank, oldest first."""
         found = sorted((name, log) for name in os.listdir(self.path) if (log := _LOG.fullmatch(name)))

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from runmgr.disk import directory
 from runmgr.worker import introduction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -98,6 +99,7 @@ class TensorBoard:
         self._is_opened = False  # what opens this attempt's events is on disk
         self._is_refused = False
         self.last_step = -1
+        self._making = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -110,15 +112,26 @@ class TensorBoard:
     @property
     def writer(self) -> SummaryWriter:
         """The writer itself; this makes the events file."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._making:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._wait_for_a_later_name()
-            self._writer = SummaryWriter(str(self._log_dir), purge_step=None if self._is_opened else self._purge_step)
-            if not self._is_opened:
-                self._add_introduction()
-            self._note_steps()
-        return self._writer
+                self._wait_for_a_later_name()
+                self._writer = SummaryWriter(
+                    str(self._log_dir), purge_step=None if self._is_opened else self._purge_step
+                )
+                if not self._is_opened:
+                    self._add_introduction()
+                self._note_steps()
+            return self._writer
+
+    def add_now(self, scalars: Mapping[str, float], step: int) -> None:
+        """Write scalars and hand them to the operating system, unless the disk refuses. Any thread."""
+        for name, value in scalars.items():
+            self.add_scalar(name, value, step)
+        if (writer := self._writer) is not None:
+            with self._tolerated():
+                writer.flush()
 
     def resume_after(self, step: int) -> None:
         """Hide what earlier attempts wrote after `step`, which this attempt does again."""

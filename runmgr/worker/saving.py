@@ -137,6 +137,7 @@ class _InFlight:
         self.save = save
         self.handle = handle
         self.error: Exception | None = None
+        self.trained_s: float | None = None  # since the save before, or the restore
 
 
 @dataclasses.dataclass
@@ -159,6 +160,7 @@ class Saver:
         self._in_flight: _InFlight | None = None
         self._has_staged = False
         self.longest_save_s = 0.0
+        self._trained_since = time.monotonic()
         self._warned: set[str] = set()
         self._averages: weakref.WeakSet[BestAverage] = weakref.WeakSet()
 
@@ -171,6 +173,7 @@ class Saver:
         size_bytes, on_gpu = states.expected_size(state)
         self._check_keep(size_bytes)
         self._staging.reserve(size_bytes, pinned=on_gpu)
+        self._trained_since = time.monotonic()
 
     def save(
         self,
@@ -192,6 +195,7 @@ class Saver:
         try:
             in_flight = _InFlight(self._prepared(gathered, averages, facts, rng), handle)
             in_flight.save.checkpoint = dataclasses.replace(in_flight.save.checkpoint, logged=logged)
+            in_flight.trained_s = time.monotonic() - self._trained_since
             copied = None if block else self._staged(in_flight.save.content, private)
             if copied is None:
                 if not self._has_staged:
@@ -200,7 +204,7 @@ class Saver:
         except (OSError, RuntimeError, MemoryError) as error:
             self._failed(error)
             return handle
-        self._in_flight = in_flight
+        self._in_flight, self._trained_since = in_flight, time.monotonic()
         if copied is None:
             self.collect()
             return handle
@@ -330,9 +334,9 @@ class Saver:
         seconds = time.perf_counter() - start
         self.longest_save_s = max(self.longest_save_s, seconds)
         self._logger.info(
-            "saved %s: epoch %s, step %s, %.1f MB in %.2f s, %.2f GB/s",
-            ", ".join(published.names), published.epoch, published.step, published.size_bytes / 1e6, seconds,
-            published.size_bytes / 1e9 / seconds,
+            "saved %s: %s%.1f MB in %.2f s, %.2f GB/s",
+            ", ".join(published.names), _progress_told(published, in_flight.trained_s), published.size_bytes / 1e6,
+            seconds, published.size_bytes / 1e9 / seconds,
         )  # fmt: skip
         self._check_keep(published.size_bytes)
 
@@ -416,3 +420,12 @@ def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInput(f"metrics[{name!r}]={value!r} is not one number: {error}") from None
     return found
+
+
+def _progress_told(checkpoint: checkpoints.Checkpoint, trained_s: float | None) -> str:
+    """Return the part of a log line that is about the training: how far, how good, how long it took."""
+    counts = {"epoch": checkpoint.epoch, "step": checkpoint.step}
+    parts = [f"{name} {count}" for name, count in counts.items() if count is not None]
+    parts += [f"{name} {value:.6g}" for name, value in checkpoint.metrics.items()]
+    parts += [] if trained_s is None else [f"{trained_s:.1f} s of training"]
+    return "".join([", ".join(parts), "; "] if parts else [])

@@ -307,7 +307,7 @@ def test_whatever_ends_the_process_the_new_or_the_old_checkpoint_is_whole(root, 
 
 def test_hundreds_of_saves_leave_no_thread_descriptor_or_temporary():
     model = nn.Linear(2, 2)
-    with runmgr.start_run("many") as run:
+    with runmgr.start_run("many", system_metrics_every_s=None) as run:
         run.save({"net": model}, epoch=1, block=False)
         run.wait()
         descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
