@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from runmgr.disk import directory
+from runmgr.disk import claiming, directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ AMONG = (10, 1_000, 100_000)
 
 def runmgr(root: Path) -> str:
     """What start_run does to get its directory."""
-    run, _ = directory.create_run(directory.Experiment(root, "experiment"), "token")
+    run, _ = claiming.create_run(directory.Experiment(root, "experiment"), "token")
     return run.run_id
 
 

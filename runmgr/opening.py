@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from runmgr import ranks
-from runmgr.disk import atomic, catalog, checkpoints, drift, failures, provenance, record, summary
+from runmgr.disk import atomic, catalog, checkpoints, claiming, drift, failures, provenance, record, summary
 from runmgr.disk import directory as directories
 from runmgr.disk import lease as leases
 from runmgr.disk import shelf as shelves
@@ -137,7 +137,7 @@ def _undo(choice: _Choice | None, writer: Writer | None, launches: list[Launch])
     for launch in launches:
         launch.give_back()
     if choice is not None and choice.is_new:
-        directories.remove_unused(choice.run)
+        claiming.remove_unused(choice.run)
 
 
 def _remember(launches: list[Launch], choice: _Choice) -> bool:
@@ -168,7 +168,7 @@ def _choose(request: Request, launches: list[Launch]) -> _Choice:
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind
-    run, without_lock = directories.create_run(experiment, secrets.token_hex(16))
+    run, without_lock = claiming.create_run(experiment, secrets.token_hex(16))
     return _Choice(run, is_new=True, without_lock=without_lock)
 
 
@@ -323,7 +323,7 @@ def take_back(writer: Writer) -> None:
         for launch in writer.launches:  # first, so that an experiment which this start made is empty again
             launch.give_back()
         if writer.is_new:
-            directories.remove_unused(writer.shelf.run)
+            claiming.remove_unused(writer.shelf.run)
         else:
             writer.record.update(status="failed", ended=record.now_text())
     except OSError:  # the error that brought us here is the one to tell

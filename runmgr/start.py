@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runmgr import opening
+from runmgr.disk import claiming, drift, failures, launches, provenance
 from runmgr.disk import directory as directories
-from runmgr.disk import drift, failures, launches, provenance
 from runmgr.disk import shelf as shelves
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunError
@@ -257,6 +257,6 @@ def _confirm(agreement: Agreement, run: RunDirectory, answer: dict[str, Any]) ->
     def look() -> None:
         if agreement.ranks.rank in answer["confirming"]:
             limit_s = min(60.0, agreement.timeout_s)
-            directories.confirm_shared(run, answer["token"], host=agreement.ranks.host, timeout_s=limit_s)
+            claiming.confirm_shared(run, answer["token"], host=agreement.ranks.host, timeout_s=limit_s)
 
     agreement.agree(f"see the run directory {run.path}", lambda _: None, look)

@@ -20,7 +20,7 @@ from worker.faults import read_only, small_disk
 
 import runmgr
 from runmgr import cli
-from runmgr.disk import directory, pruning, record
+from runmgr.disk import claiming, directory, pruning, record
 
 
 def _train(accuracy=0.5, experiment="digits", epochs=1, **options):
@@ -282,7 +282,7 @@ def test_prune_never_takes_what_is_live_pinned_forked_from_foreign_or_may_be_con
     foreign = root / "digits" / "RUN_20200101_000000_000001"
     foreign.mkdir()
     (foreign / "ckpt_latest.pth").touch()
-    live = directory.create_run(directory.Experiment(root, "digits"), "token")[0]
+    live = claiming.create_run(directory.Experiment(root, "digits"), "token")[0]
     record.RunRecord(live, {"status": "running"}).update()
     holder = hold(live)
     try:

@@ -9,7 +9,7 @@ from processes import agent, run_ranks, values
 
 import runmgr
 from runmgr import opening
-from runmgr.disk import directory
+from runmgr.disk import claiming
 from runmgr.errors import InvalidInput, RunError
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "test"}
@@ -93,7 +93,7 @@ def test_a_torchrun_restart_in_a_requeued_job_continues_what_the_requeue_did(roo
 
 
 def test_of_two_starts_at_once_under_one_name_the_later_continues_the_run_of_the_earlier(root, monkeypatch):
-    create, rivals = directory.create_run, []
+    create, rivals = claiming.create_run, []
 
     def create_after_a_rival(*args):
         if not rivals:
@@ -104,7 +104,7 @@ def test_of_two_starts_at_once_under_one_name_the_later_continues_the_run_of_the
     with monkeypatch.context() as patch:
         patch.setenv("RUNMGR_LAUNCH_ID", "mine")
         patch.setattr(opening, "_starts", {})
-        patch.setattr(directory, "create_run", create_after_a_rival)
+        patch.setattr(claiming, "create_run", create_after_a_rival)
         assert open_run() == (rivals[0][0], 2)
     assert runs(root) == [rivals[0][0]]
 

@@ -20,6 +20,7 @@ from worker.faults import fill, read_only, small_disk
 
 import runmgr
 from runmgr import opening, start
+from runmgr.disk import claiming
 from runmgr.errors import (
     AgreementError,
     InvalidInput,
@@ -571,12 +572,12 @@ def test_a_host_that_does_not_see_the_directory_is_named_on_all_and_the_run_take
     def start_it(rank):
         if rank == 1:
             monkeypatch.setattr(ranks.socket, "gethostname", lambda: "node-b")
-            original = directory.confirm_shared
+            original = claiming.confirm_shared
             elsewhere = lambda run, *args, **options: original(  # noqa: E731
                 directory.RunDirectory(root / "elsewhere" / run.run_id), *args, **options
             )
             (root / "elsewhere").mkdir(parents=True)
-            monkeypatch.setattr(directory, "confirm_shared", elsewhere)
+            monkeypatch.setattr(claiming, "confirm_shared", elsewhere)
         return start_and_return(rank, {})
 
     error = the_one_error(run_ranks(3, start_it))
@@ -606,7 +607,7 @@ def test_a_start_that_fails_on_another_host_removes_only_what_it_made(root, monk
     def not_shared(run, *_, **__):
         raise runmgr.NotShared("not shared", host="h", path=str(run.path))
 
-    monkeypatch.setattr(runmgr.start.directories, "confirm_shared", not_shared)  # there is no second host here
+    monkeypatch.setattr(claiming, "confirm_shared", not_shared)  # there is no second host here
     with pytest.raises(runmgr.NotShared):
         runmgr.start_run("exp", run_id=foreign.name)
     assert (foreign / "ckpt_latest.pth").exists()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from runmgr.disk import atomic, catalog, directory, pins, record, usage
+from runmgr.disk import atomic, catalog, claiming, directory, pins, record, usage
 from runmgr.disk import lease as leases
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.errors import InvalidInput, RunNotFound, RunProtected
@@ -58,7 +58,7 @@ def discard(run: RunDirectory, check: Callable[[], object] = lambda: None) -> Pa
     with record.told_if_gone(run), _held(run):
         check()
         _check_pins(run)
-        directory.remember_last(experiment)
+        claiming.remember_last(experiment)
         experiment.trash_path.mkdir(exist_ok=True)
         try:
             atomic.move_directory(run.path, moved.path)

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from runmgr.disk import directory
+from runmgr.disk import claiming, directory
 
 experiment = directory.Experiment(Path("/mnt/shared/new"), "exp")
 signals = Path("/mnt/signals")
@@ -25,10 +25,10 @@ if sys.argv[1] == "1":
     run = experiment.run(wait_for("run_id"))
     print("a look says:", run.path.exists())
     start = time.monotonic()
-    directory.confirm_shared(run, "token", host="guest", timeout_s=20)
+    claiming.confirm_shared(run, "token", host="guest", timeout_s=20)
     print(f"confirmed after {time.monotonic() - start:.3f} s", flush=True)
     (signals / "moment").write_text(str(time.time() + 3))
 else:
     wait_for("looked")
-    run, _ = directory.create_run(experiment, "token")
+    run, _ = claiming.create_run(experiment, "token")
     (signals / "run_id").write_text(run.run_id)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from runmgr.disk import directory
+from runmgr.disk import claiming, directory
 
 
 @pytest.fixture
 def run(tmp_path):
     """A new run directory, in which nothing has been saved."""
-    return directory.create_run(directory.Experiment(tmp_path, "experiment"), "token")[0]
+    return claiming.create_run(directory.Experiment(tmp_path, "experiment"), "token")[0]

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from runmgr.disk import directory, launches
+from runmgr.disk import claiming, launches
 from runmgr.disk.directory import Experiment
 from runmgr.disk.launches import NamedLaunch, SlurmLaunch
 from runmgr.ranks import SlurmStart
@@ -22,7 +22,7 @@ def start(experiment, *command, restart=0, step="batch", job="7"):
     launch = SlurmLaunch(experiment, SlurmStart(job, restart, step), list(command) or ["train.py"])
     run = launch.run()
     if run is None:
-        run, _ = directory.create_run(experiment, "token")
+        run, _ = claiming.create_run(experiment, "token")
         assert launch.remember(run)
     return run.run_id
 
@@ -84,7 +84,7 @@ def test_a_skipped_training_is_not_taken_for_the_next_one(experiment):
 
 def test_a_run_that_was_removed_is_not_continued(experiment):
     first = start(experiment)
-    directory.remove_unused(experiment.run(first))
+    claiming.remove_unused(experiment.run(first))
     assert start(experiment, restart=1) != first
 
 
@@ -113,7 +113,7 @@ def test_a_record_that_cannot_be_read_is_passed_over(experiment):
 
 
 def test_of_two_rivals_for_a_name_one_makes_the_run_and_the_other_hears_of_it(experiment):
-    runs = [directory.create_run(experiment, "token")[0] for _ in range(2)]
+    runs = [claiming.create_run(experiment, "token")[0] for _ in range(2)]
     rivals = [NamedLaunch(experiment, "id-x", 1) for _ in range(2)]
     assert [launch.run() for launch in rivals] == [None, None]
     assert [launch.remember(run) for launch, run in zip(rivals, runs, strict=True)] == [True, False]

@@ -11,7 +11,7 @@ from disk.holders import hold
 from disk.shelves import open_shelf, save
 from processes import kill
 
-from runmgr.disk import atomic, catalog, directory, lease, pins, record, trash
+from runmgr.disk import atomic, catalog, claiming, directory, lease, pins, record, trash
 from runmgr.errors import InvalidInput, RunBusy, RunNotFound, RunProtected
 
 
@@ -81,7 +81,7 @@ def test_ids_go_on_above_a_removed_newest_run(run, experiment, is_marked):
     trash.discard(newest)
     trash.discard(run)
     trash.purge_trash("experiment", ckpt_root_dir=experiment.root)
-    assert directory.create_run(experiment, "token")[0].run_id == "RUN_20991231_235959_999999"
+    assert claiming.create_run(experiment, "token")[0].run_id == "RUN_20991231_235959_999999"
 
 
 def test_a_live_run_is_busy_and_stays(run):
@@ -119,7 +119,7 @@ def test_of_many_removals_and_starts_at_once_one_goes_on_and_no_part_of_a_run_is
     experiment = directory.Experiment(tmp_path, "experiment")
     ends = set()
     for _ in range(60 if os.environ.get("RUNMGR_ALL_POINTS") else 3):
-        run, _ = directory.create_run(experiment, "token")
+        run, _ = claiming.create_run(experiment, "token")
 
         def act(number, run=run):
             if number % 2:
@@ -252,7 +252,7 @@ def test_what_is_in_the_trash_a_link_or_not_there_is_refused(run, experiment):
 
 
 def test_purge_deletes_what_is_named_or_all_and_nothing_else(run, experiment):
-    others = [directory.create_run(experiment, "token")[0] for _ in range(3)]
+    others = [claiming.create_run(experiment, "token")[0] for _ in range(3)]
     save(open_shelf(run), epoch=1)
     outside = experiment.root / "outside"
     outside.mkdir()
@@ -274,7 +274,7 @@ def test_purge_deletes_what_is_named_or_all_and_nothing_else(run, experiment):
 
 def test_purges_at_once_do_not_disturb_each_other(run, experiment):
     for _ in range(10):
-        other, _ = directory.create_run(experiment, "token")
+        other, _ = claiming.create_run(experiment, "token")
         save(open_shelf(other), epoch=1)
         trash.discard(other)
     answers = _in_children(4, lambda _: len(trash.purge_trash("experiment", ckpt_root_dir=experiment.root)))

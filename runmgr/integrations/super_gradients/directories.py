@@ -6,7 +6,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING
 
-from runmgr.disk import catalog, directory
+from runmgr.disk import catalog, claiming, directory
 from runmgr.disk.directory import Experiment
 from runmgr.errors import InvalidInput, RunNotFound
 
@@ -30,7 +30,7 @@ def generate_run_id(experiment_name: str | None = None, ckpt_root_dir: Root = No
             )
         root = directory.resolve_root(ckpt_root_dir)
         experiment = Experiment(root, directory.check_name(experiment_name, "experiment name"))
-        run, _without_lock = directory.create_run(experiment, secrets.token_hex(16))
+        run, _without_lock = claiming.create_run(experiment, secrets.token_hex(16))
         return run.run_id
 
     joined = agreement.shared()
