@@ -60,8 +60,8 @@ def free_port() -> int:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's environment without a launcher's traces."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    """This process's environment without a launcher's traces, nor what pytest's own workers are told of the terminal."""
+    kept = {name: value for name, value in os.environ.items() if name not in {*LAUNCH_VARIABLES, "COLUMNS", "LINES"}}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
 
 
