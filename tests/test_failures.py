@@ -314,6 +314,7 @@ with runmgr.start_run("x") as run:
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(480)
 def test_the_last_rank_of_a_real_torchrun_is_named_killed_or_with_its_traceback(tmp_path, root, capsys):
     script = tmp_path / "train.py"

@@ -41,6 +41,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.needs("strace")
 @pytest.mark.timeout(480)
 def test_ranks_share_a_directory_and_only_rank_0_opens_checkpoints_for_writing(tmp_path, root):

@@ -135,6 +135,7 @@ def test_four_ranks_end_bit_identical_after_the_warm_up_of_the_docs(tmp_path):
     _assert_same_training(_final(tmp_path / "straight"), _final(tmp_path / "killed"))
 
 
+@pytest.mark.long
 def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
@@ -156,6 +157,7 @@ def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_p
     assert (info.status, info.attempt, info.latest["epoch"]) == ("completed", 2, 8)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300 + 30 * KILLS)
 def test_one_torchrun_whose_ranks_are_killed_again_and_again_ends_bit_identical(tmp_path):
     epochs = 5 * KILLS + 5

@@ -30,6 +30,7 @@ def test_every_item_and_every_fault_has_an_answer_and_a_test_that_exists(tests):
     assert named - tests == set()
 
 
+@pytest.mark.long
 def test_the_code_of_the_page_runs(tmp_path):
     (tmp_path / "pyproject.toml").touch()
     script = tmp_path / "train.py"

@@ -502,6 +502,7 @@ main()
 """
 
 
+@pytest.mark.long
 def test_a_configuration_of_hydra_is_the_runs_own_and_its_overrides_are_known(tmp_path, root):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text(

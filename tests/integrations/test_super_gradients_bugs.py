@@ -76,6 +76,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_sg_1_and_2_on_several_hosts_there_is_one_run_and_one_main_process(tmp_path, root):
     """Two torchrun agents, each with the local rank 0. With hosts and networks of their own: tests/cluster."""
@@ -132,6 +133,7 @@ def test_sg_4_all_ranks_continue_the_run_that_rank_0_found(root):
     assert values(run_ranks(2, resume)) == [(run.run_id, 1)] * 2
 
 
+@pytest.mark.long
 def test_sg_5_launches_share_no_file_outside_of_their_runs(tmp_path, root, monkeypatch):
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
