@@ -36,7 +36,7 @@ import runmgr
 from runmgr import opening, ranks
 from runmgr.disk import directory
 from runmgr.disk.shelf import Keep
-from runmgr.worker import agreement
+from runmgr.worker import agreement, asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,7 +160,7 @@ def _torch_barrier(_rank: int, world_size: int, store: dist.TCPStore, _: Path) -
 def _barrier(_rank: int, world_size: int, store: dist.TCPStore, _: Path) -> None:
     if store.add("arrived", 1) == world_size:
         store.set("all here", "")
-    assert agreement._wait(store, ["all here"], _TIMEOUT_S, world_size)  # noqa: SLF001  # the same way of waiting
+    assert asking.wait(store, ["all here"], _TIMEOUT_S, world_size)  # the same way of waiting
 
 
 def _agree(rank: int, world_size: int, store: dist.TCPStore, folder: Path) -> None:

@@ -132,7 +132,7 @@ def start_run(
         raise
 
 
-def _opened(  # called once, above
+def _opened(
     agreement: Agreement,
     run: RunDirectory,
     answer: dict[str, Any],

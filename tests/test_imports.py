@@ -37,9 +37,10 @@ MAY_LOAD_INSIDE = {"cli": {"rich", "plotille", "shtab"}, "disk": {"tensorboard"}
 HOMES = {
     "disk/atomic.py": {"os.replace", "os.rename", "os.fsync", "os.fdatasync", "os.link"},
     "disk/probe_host.py": {"os.replace", "os.fsync", "os.link"},  # asks how the raw calls behave, keeps nothing
-    "worker/saving.py": {"torch.save"},
+    "worker/writing.py": {"torch.save"},
     "worker/loading.py": {"torch.load"},
     "worker/agreement.py": {"dist.*", "TCPStore"},
+    "worker/asking.py": {"dist.*"},  # the store's type
     "worker/state.py": {"dist.*"},
     "worker/sharding.py": {"dist.*"},
     "worker/preemption.py": {"signal.signal"},

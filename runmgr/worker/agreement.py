@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from runmgr import ranks as environment
 from runmgr.errors import AgreementError, RankFailed, RankTimeout, RunError, echo
+from runmgr.worker import asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 _BEAT_S = 5.0
 _GRACE_S = 2 * _BEAT_S
 _SILENCE_S = 60.0
-_LONGEST_PAUSE_S = 0.05
 _CONNECT_S = 10.0
-_ANSWER_S = 20e-6  # what one question costs a store
 _EACH_S = 0.0005
 _HELLO_AGAIN_S = 0.02
 _LINGER_S = 3.0
@@ -188,7 +187,7 @@ class Agreement:
         assert self._store is not None
         with _store_errors(self.ranks):
             full = [f"{self._session}/{key}" for key in keys]
-            return [value.decode() for value in _get_all(self._store, full)] if self._store.check(full) else None
+            return [value.decode() for value in asking.get_all(self._store, full)] if self._store.check(full) else None
 
     def _attempt(self, what: str, action: Callable[[], Any]) -> tuple[Any, RunError | None]:
         try:
@@ -245,10 +244,10 @@ class Agreement:
         assert self._store is not None
         keys = [self._key(f"in/{rank}") for rank in range(1, self.ranks.world_size)]
         welcome = self._welcome.answer if self._welcome is not None and self._count == 1 else lambda: None
-        if not _wait(self._store, keys, self.timeout_s, self.ranks.world_size, welcome):
+        if not asking.wait(self._store, keys, self.timeout_s, self.ranks.world_size, welcome):
             missing = [rank for rank, key in enumerate(keys, 1) if not self._store.check([key])]
             raise _missing(missing, what, self.timeout_s)
-        return [json.loads(value) for value in _get_all(self._store, keys)]
+        return [json.loads(value) for value in asking.get_all(self._store, keys)]
 
     def _follow(self, what: str, own: Any, failure: RunError | None) -> Any:
         assert self._store is not None
@@ -256,14 +255,14 @@ class Agreement:
         if self._count > 1:
             self._store.delete_key(self._key(f"in/{self.ranks.rank}", self._count - 1))
         out = self._key("out")
-        arrived = _wait(self._store, [out], self.timeout_s + _GRACE_S, self.ranks.world_size)
+        arrived = asking.wait(self._store, [out], self.timeout_s + _GRACE_S, self.ranks.world_size)
         beat = None
         while not arrived:  # rank 0 may be at work on it for longer than others may take to come
             latest = self._store.get(self._key("beat")) if self._store.check([self._key("beat")]) else None
             if latest == beat:
                 raise _missing([0], what, self.timeout_s)
             beat = latest
-            arrived = _wait(self._store, [out], _SILENCE_S, self.ranks.world_size)
+            arrived = asking.wait(self._store, [out], _SILENCE_S, self.ranks.world_size)
         answer = json.loads(self._store.get(out))
         self._store.set(f"{self._session}/read/{self.ranks.rank}", str(self._count))
         if error := _failure_in(answer):
@@ -330,16 +329,16 @@ class _Welcome:
                 return
             said = [key for key in said if self._store.check([key])]
         self._asked = time.monotonic()
-        nonces = [nonce for nonce in _get_all(self._store, said) if nonce not in self._answered]
+        nonces = [nonce for nonce in asking.get_all(self._store, said) if nonce not in self._answered]
         self._answered.update(nonces)
-        _set_all(self._store, [f"runmgr/answer/{nonce.decode()}" for nonce in nonces], self._session)
+        asking.set_all(self._store, [f"runmgr/answer/{nonce.decode()}" for nonce in nonces], self._session)
 
 
 def _join(store: Store, ranks: Ranks, timeout_s: float) -> str:
     """Say hello and return the session that rank 0 answers with."""
     own = secrets.token_hex(8)
     store.set(f"runmgr/hello/{ranks.rank}", own)
-    if not _wait(store, [f"runmgr/answer/{own}"], timeout_s + _GRACE_S, ranks.world_size):
+    if not asking.wait(store, [f"runmgr/answer/{own}"], timeout_s + _GRACE_S, ranks.world_size):
         raise _missing([0], "start a run", timeout_s)
     return str(store.get(f"runmgr/answer/{own}").decode())
 
@@ -350,43 +349,9 @@ def _linger(store: Store, session: str, count: int, ranks: Iterable[int]) -> Non
     deadline = time.monotonic() + _LINGER_S
     with suppress(dist.DistError):  # the store is gone, and with it every reason to stay
         while time.monotonic() < deadline:
-            if store.check(keys) and all(int(read) >= count for read in _get_all(store, keys)):
+            if store.check(keys) and all(int(read) >= count for read in asking.get_all(store, keys)):
                 return
             time.sleep(0.002)
-
-
-def _wait(
-    store: Store, keys: list[str], timeout_s: float, askers: int, meanwhile: Callable[[], None] = lambda: None
-) -> bool:
-    """Wait until all keys are there. Asks again and again: `Store.wait` would block the store for other threads.
-
-    The more askers there are, the more seldom each asks, since the store answers one after the other.
-    """
-    start = time.monotonic()
-    meanwhile()
-    while not store.check(keys):
-        waited_s = time.monotonic() - start
-        if waited_s >= timeout_s:
-            return False
-        time.sleep(min(max(waited_s / 8, askers * _ANSWER_S), _LONGEST_PAUSE_S))
-        meanwhile()
-    return True
-
-
-def _set_all(store: Store, keys: list[str], value: str) -> None:
-    if keys and store.has_extended_api():  # type: ignore[attr-defined]
-        store.multi_set(keys, [value] * len(keys))  # type: ignore[attr-defined]
-        return
-    for key in keys:
-        store.set(key, value)
-
-
-def _get_all(store: Store, keys: list[str]) -> list[bytes]:
-    if not keys:
-        return []
-    if store.has_extended_api():  # type: ignore[attr-defined]
-        return list(store.multi_get(keys))
-    return [store.get(key) for key in keys]
 
 
 def _packed(value: Any, failure: RunError | None) -> dict[str, Any]:

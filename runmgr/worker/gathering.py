@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from runmgr.errors import InvalidInput, RunError
-from runmgr.worker import loading, saving
+from runmgr.worker import loading, writing
 from runmgr.worker import state as states
 from runmgr.worker.averaging import Accumulated, Average, check_outlines
 from runmgr.worker.best import BestAverage, Held
@@ -62,7 +62,7 @@ class Gathering:
         """Return what rank 0 must know of this rank, as plain data."""
         return {
             "rng": states.rng_state(),
-            "own": {key: saving.packed(part) for key, part in self._own.items()},
+            "own": {key: writing.packed(part) for key, part in self._own.items()},
             "sharded": {key: _outline(tensors) for key, tensors in self._sharded.items()},
             "averages": {key: average.outline() for key, average in self._spread.items()},
             "best": {key: average.held_for(self._source_keys[key]) for key, average in self._best.items()},

@@ -67,7 +67,7 @@ def can_map(path: Path) -> bool:
 
 
 def unpacked(text: str) -> Any:
-    """Return what `saving.packed` was given."""
+    """Return what `writing.packed` was given."""
     return torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
 
 

@@ -1,29 +1,25 @@
-"""State → committed checkpoint, now or in the background. The one place that calls torch.save."""
+"""State → committed checkpoint, now or in the background."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import errno
-import io
 import os
-import pickle
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from runmgr.disk import atomic, checkpoints, integrity
+from runmgr.disk import atomic, checkpoints
 from runmgr.errors import InvalidInput, RunError, Superseded
-from runmgr.worker import staging
+from runmgr.worker import staging, writing
 from runmgr.worker import state as states
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable, Collection, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Collection, Mapping
 
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.averaging import Average
@@ -70,64 +66,6 @@ class SaveHandle:
         if self._thread is not None:
             self._ended.wait()  # a join that Ctrl-C interrupts takes the thread for ended, up to Python 3.12
             self._thread.join()
-
-
-def write_file(content: Mapping[str, Any], path: Path, on_written: Callable[[int], None] = lambda _: None) -> None:
-    """Write `content` to `path`, which appears whole, durable and read-only."""
-    with atomic.new_file(path, mode=0o444) as descriptor:
-        _write(content, integrity.RecordStream(descriptor, on_written))
-
-
-def write_filled(
-    content: Mapping[str, Any], path: Path, pieces: Iterator[memoryview], before_it_appears: Callable[[], object]
-) -> None:
-    """Write `content` as `write_file` does, with `pieces`, one after another, in place of its tensors' bytes.
-
-    The memory of the tensors is not looked at; it may be one stretch for all of them. `before_it_appears` may still refuse.
-    """
-    with atomic.new_file(path, mode=0o444) as descriptor:
-        with torch.serialization.skip_data():
-            _write(content, integrity.FilledStream(descriptor, pieces))
-        before_it_appears()
-
-
-def _write(content: Mapping[str, Any], stream: integrity.RecordStream) -> None:
-    with _WithoutCrcs() as pickling:
-        try:
-            torch.save(content, cast("BinaryIO", stream), pickle_module=pickling)
-        except RuntimeError as error:  # torch's own, when the disk refused the end of the file
-            raise stream.error or error from None
-    stream.fill_crcs()
-
-
-class _WithoutCrcs:
-    """Lets one torch.save leave the CRCs to our stream. It stands for the pickle module in that call.
-
-    In older versions the option is the whole process's, and other threads may be saving; torch.save reads it once, and asks
-    for the pickler right after that.
-    """
-
-    __name__ = "pickle"
-
-    def __enter__(self) -> Self:
-        self._before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        torch.serialization.set_crc32_options(self._before)
-
-    @property
-    def Pickler(self) -> type[pickle.Pickler]:  # noqa: N802  # the module's own name for it
-        torch.serialization.set_crc32_options(self._before)
-        return pickle.Pickler
-
-
-def packed(value: Any) -> str:
-    """Return plain values and small tensors as text, to send them between ranks."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 class _InFlight:
@@ -328,7 +266,9 @@ class Saver:
     def _write(self, in_flight: _InFlight) -> None:
         start = time.perf_counter()
         checkpoint = in_flight.save.checkpoint
-        write_file(in_flight.save.content, checkpoint.path_in(self._shelf.run), self._progress(in_flight.save.content))
+        writing.write_file(
+            in_flight.save.content, checkpoint.path_in(self._shelf.run), self._progress(in_flight.save.content)
+        )
         published = self._shelf.publish(checkpoint)
         in_flight.save.checkpoint = in_flight.handle.checkpoint = published
         seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ from runmgr.disk import atomic, checkpoints, directory, integrity, lease, member
 from runmgr.disk.directory import AVERAGE_NAME, CHECKPOINT_PREFIX, RunDirectory
 from runmgr.disk.tensors import TensorFile
 from runmgr.errors import CheckpointNotFound, InvalidInput, RunBusy
-from runmgr.worker import blending, saving
+from runmgr.worker import blending, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def average_checkpoints(
                 on_progress(done, blend.read_bytes)
 
         with closing(blend.pieces(blending.device_named(device), advance)) as pieces:
-            saving.write_filled(content, path, pieces, partial(_check_place, path, overwrite=True))
+            writing.write_filled(content, path, pieces, partial(_check_place, path, overwrite=True))
     return path
 
 

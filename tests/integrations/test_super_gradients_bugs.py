@@ -23,7 +23,7 @@ import runmgr
 from runmgr.disk import atomic, directory, integrity
 from runmgr.errors import RankFailed
 from runmgr.integrations import super_gradients as theirs
-from runmgr.worker import saving
+from runmgr.worker import writing
 
 
 def net(path):
@@ -160,7 +160,7 @@ def test_sg_6_only_rank_0_writes_what_is_averaged(root):
 
     def train(rank):
         if rank:
-            atomic.new_file = saving.write_file = None  # whoever calls it fails
+            atomic.new_file = writing.write_file = None  # whoever calls it fails
         with runmgr.start_run("digits") as run:
             model = filled(1)
             averaging = theirs.ModelWeightAveraging(run.run_dir, True, "acc", model=model)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from disk.shelves import damage
 from processes import run_ranks, values
 from torch import nn
 
@@ -48,15 +49,6 @@ def _records_of(path):
         return list(integrity.records_in(file))
 
 
-def _flip(path, position):
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 1]))
-
-
 def _problem(run, entry, share):
     try:
         checkpoints.verify(run, entry, share=share)
@@ -72,11 +64,11 @@ def test_each_damaged_record_is_noticed_by_exactly_one_of_the_shares():
     entry = checkpoints.read_all(found)[0]
     path = entry.path_in(found)
     for record in _records_of(path):
-        _flip(path, record.start)
+        damage(path, record.start)
         noticed = [problem for index in range(3) if (problem := _problem(found, entry, (index, 3)))]
         assert len(noticed) == 1
         assert repr(record.name) in noticed[0]
-        _flip(path, record.start)
+        damage(path, record.start)
     checkpoints.verify(found, entry)
 
 

@@ -24,7 +24,7 @@ from worker.faults import fill, small_disk
 
 import runmgr
 from runmgr.errors import RankFailed
-from runmgr.worker import saving
+from runmgr.worker import writing
 
 SAVES = 1000 if os.environ.get("RUNMGR_ALL_POINTS") else 200  # in a row
 
@@ -255,7 +255,7 @@ def test_the_option_without_crcs_is_back_before_anything_is_pickled():
             return collections.OrderedDict, ()
 
     with runmgr.start_run("option") as run:
-        saving.write_file({"x": Watched(), "y": torch.ones(10)}, run.run_dir / "file.pth")
+        writing.write_file({"x": Watched(), "y": torch.ones(10)}, run.run_dir / "file.pth")
     assert seen == [True]
     assert torch.serialization.get_crc32_options()
     with zipfile.ZipFile(run.run_dir / "file.pth") as archive:

@@ -17,6 +17,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from disk.shelves import damage
 from disk.syscalls import in_child
 from processes import clean_environment
 from torch import nn
@@ -369,22 +370,13 @@ def test_each_damaged_byte_that_is_averaged_is_named_by_file_and_record(tmp_path
                 continue
             is_read = path == paths[1] or entry.size_bytes not in {8, 5, 80}  # integers come from the newest alone
             position = entry.start + entry.size_bytes - 1
-            _flip(path, position)
+            damage(path, position)
             if is_read:
                 with pytest.raises(CheckpointCorrupt, match=rf"{path.name} is damaged: the record '{entry.name}'"):
                     runmgr.average_checkpoints(paths, tmp_path / "soup.pth")
-            _flip(path, position)
+            damage(path, position)
     assert left(tmp_path) == ["0.pth", "1.pth"]
     runmgr.average_checkpoints(paths, tmp_path / "soup.pth")
-
-
-def _flip(path, position):
-    path.chmod(0o644)
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte[0] ^ 4]))
 
 
 def test_a_member_that_is_not_what_its_run_recorded_is_refused(trained, tmp_path):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from runmgr.disk import atomic, directory, provenance
 from runmgr.errors import InvalidInput
-from runmgr.worker import loadable, saving
+from runmgr.worker import loadable, saving, writing
 
 if TYPE_CHECKING:
     import os
@@ -120,7 +120,7 @@ class BaseSGLogger:
         name = str(tag) if tag is not None else f"ckpt_{global_step}"
         path = self._path_beside(name if name.endswith(".pth") else f"{name}.pth")
         if self.run.is_main:
-            saving.write_file(loadable.loadable(state_dict, str(tag)), path)
+            writing.write_file(loadable.loadable(state_dict, str(tag)), path)
             self.run.logger.info("saved %s", path)
 
     def add_file(self, file_name: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from runmgr.errors import InvalidInput
-from runmgr.worker import agreement, loading, saving
+from runmgr.worker import agreement, loading, writing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,7 +100,7 @@ def _distributed(what: str, make: Callable[[], Result]) -> Result:
     def decide(_: object) -> str:
         value = make()
         try:
-            text = saving.packed(value)
+            text = writing.packed(value)
             loading.unpacked(text)
         except _CANNOT_PICKLE as error:
             raise InvalidInput(
