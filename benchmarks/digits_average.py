@@ -40,7 +40,7 @@ def _train(seed: int, given: argparse.Namespace, root: str) -> tuple[float, floa
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found = re.search(r"test accuracy: ([\d.]+)% after the last epoch, ([\d.]+)% for the best average", done.stdout)
+    found = re.search(r"test accuracy: ([\d.]+)% after the last epoch, ([\d.]+)% for the BestAverage", done.stdout)
     assert found is not None, done.stdout
     return float(found[1]), float(found[2])
 

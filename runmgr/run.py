@@ -13,7 +13,7 @@ from runmgr.errors import CheckpointNotFound, InvalidInput, RunError
 from runmgr.worker import agreement as agreements
 from runmgr.worker import console, failure, gathering, introduction, loading, logs, meeting, preemption, saving, system
 from runmgr.worker import state as states
-from runmgr.worker.best import BestAverage
+from runmgr.worker.best import BestAverage, check_modes
 
 if TYPE_CHECKING:
     import logging
@@ -219,7 +219,7 @@ class Run:
                     if self._saver is not None:
                         self._saver.follow(average)
             loaded["values"] = values
-            self._continue_random_numbers(loaded.get("rng", []))
+            states.restore_rng(loaded.get("rng", []), self.rank, self.logger)
 
         self._agreement.agree(f"load {path}", lambda _: shelf.continue_from(path) if shelf else None, load)
         self._must_restore = False
@@ -327,33 +327,14 @@ class Run:
 
     def _check_save(self, state: Mapping[str, Any], epoch: int | None, step: int | None) -> None:
         states.check_keys(state)
-        for name, value in (("epoch", epoch), ("step", step)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise InvalidInput(f"{name}={value!r} must be a whole number of finished {name}s, at least 0")
-        if epoch is None and step is None:
-            raise InvalidInput("save() needs epoch= or step= (or both), so that the checkpoint can be told from others")
+        saving.check_counts(epoch, step)
         if self._must_restore:
             raise InvalidInput(
                 f"run {self.run_id} has checkpoints, and saving before run.restore(state) would hide them behind a "
                 f"training that starts from nothing; call restore() first, or start_run(…, resume='never')"
             )
         if self._writer is not None and self._writer.shelf.monitor is not None:
-            mode = self._writer.shelf.mode
-            for key, average in state.items():
-                if isinstance(average, BestAverage) and average.mode != mode:
-                    raise InvalidInput(
-                        f"state[{key!r}] is a BestAverage with mode={average.mode!r}, but the run's mode is {mode!r}; "
-                        f"give both the same"
-                    )
-
-    def _continue_random_numbers(self, rng: list[dict[str, str]]) -> None:
-        if self.rank < len(rng):
-            states.restore_rng(rng[self.rank])
-        elif rng:
-            self.logger.warning(
-                "the checkpoint has random-number states of %d ranks, none for this one; it goes on with its own",
-                len(rng),
-            )
+            check_modes(state, self._writer.shelf.mode)
 
     def _status_after(self, kind: type[BaseException] | None) -> str:
         if kind is None:

@@ -77,31 +77,12 @@ def start_run(
     writers: list[Writer] = []
 
     def contribute() -> dict[str, Any]:
-        requests.append(
-            _check(
-                experiment_name,
-                ckpt_root_dir,
-                config,
-                resume,
-                run_id,
-                fork_from,
-                monitor,
-                mode,
-                keep,
-                on_save_error,
-                tags,
-            )
-        )
+        request = _check(
+            experiment_name, ckpt_root_dir, config, resume, run_id, fork_from, monitor, mode, keep, on_save_error, tags
+        )  # fmt: skip
         _check_period(system_metrics_every_s)
-        ranks = agreement.ranks
-        return {
-            "host": ranks.host,
-            "rank": ranks.rank,
-            "devices": provenance.devices() if ranks.local_rank == 0 else [],
-            "pid": os.getpid(),
-            "pid_space": provenance.pid_space(),
-            "launch": launches.remembered_by_agent() if ranks.local_rank == 0 else None,
-        }
+        requests.append(request)
+        return _place(agreement)
 
     def decide(places: list[dict[str, Any]]) -> dict[str, Any]:
         answer, writer = opening.open_run(requests[0], places, timeout_s)
@@ -130,6 +111,19 @@ def start_run(
             opening.take_back(writer)
         agreements.forget(agreement)
         raise
+
+
+def _place(agreement: Agreement) -> dict[str, Any]:
+    """Say where this rank is, and once for each host what is there."""
+    ranks = agreement.ranks
+    return {
+        "host": ranks.host,
+        "rank": ranks.rank,
+        "devices": provenance.devices() if ranks.local_rank == 0 else [],
+        "pid": os.getpid(),
+        "pid_space": provenance.pid_space(),
+        "launch": launches.remembered_by_agent() if ranks.local_rank == 0 else None,
+    }
 
 
 def _opened(

@@ -101,7 +101,7 @@ def test_a_second_launch_makes_a_second_run_with_the_average_that_is_asked_for(l
         RUNMGR_CKPT_ROOT_DIR=str(root),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "for the exponential average" in done.stdout
+    assert "for the ExponentialAverage" in done.stdout
     second, again = runmgr.list_runs("digits", root)
     assert again == first
     assert second.run_id > first.run_id

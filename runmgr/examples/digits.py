@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 import runmgr
 
+Average = runmgr.BestAverage | runmgr.RunningAverage | runmgr.ExponentialAverage
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -56,9 +58,7 @@ def build_model() -> nn.Module:
     )  # fmt: skip
 
 
-def build_average(
-    kind: str, model: nn.Module
-) -> runmgr.BestAverage | runmgr.RunningAverage | runmgr.ExponentialAverage:
+def build_average(kind: str, model: nn.Module) -> Average:
     """Return the average that --average names."""
     if kind == "best":
         return runmgr.BestAverage(model, k=10, mode="max")
@@ -68,9 +68,10 @@ def build_average(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: TensorDataset, device: torch.device) -> float:
+def evaluate(model: nn.Module, data: TensorDataset) -> float:
     """Return the share of right answers over the whole set; each rank looks at its part."""
     model.eval()
+    device = next(model.parameters()).device
     images, labels = (part[dist.get_rank() :: dist.get_world_size()].to(device) for part in data.tensors)
     right: Tensor = (model(images).argmax(1) == labels).sum()
     dist.all_reduce(right)
@@ -107,7 +108,7 @@ def train(run: runmgr.Run, args: argparse.Namespace, device: torch.device) -> No
             if run.should_stop():
                 return  # this epoch is done again after a restart
         scheduler.step()
-        accuracy = evaluate(model, validation_data, device)
+        accuracy = evaluate(model, validation_data)
         if isinstance(average, runmgr.BestAverage):
             average.update(accuracy)
         else:
@@ -117,14 +118,18 @@ def train(run: runmgr.Run, args: argparse.Namespace, device: torch.device) -> No
         epochs.set_postfix(loss=f"{loss.item():.3f}", val=f"{accuracy:.1%}", refresh=False)
         epochs.update()
     epochs.close()
+    report(run, model, average, test_data, step)
 
-    last = evaluate(model, test_data, device)
+
+def report(run: runmgr.Run, model: nn.Module, average: Average, test_data: TensorDataset, step: int) -> None:
+    """Evaluate the last weights and their average on the test set, and save the average."""
+    last = evaluate(model, test_data)
     with average.applied():
-        averaged = evaluate(model, test_data, device)
+        averaged = evaluate(model, test_data)
     path = run.save_average(average)
     run.log_scalars({"test/accuracy": last, "test/accuracy_of_average": averaged}, step=step)
     if run.is_main:
-        print(f"test accuracy: {last:.2%} after the last epoch, {averaged:.2%} for the {args.average} average")
+        print(f"test accuracy: {last:.2%} after the last epoch, {averaged:.2%} for the {type(average).__name__}")
         print(f"averaged model: {path}")
         print(f"run directory: {run.run_dir}")
 

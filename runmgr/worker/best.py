@@ -328,3 +328,13 @@ class BestAverage(Average):
 
     def _other_keys(self) -> list[str]:
         return [key for key in module_state(self.model) if key not in self._source.dtypes]
+
+
+def check_modes(state: Mapping[str, Any], mode: Mode) -> None:
+    """Raise InvalidInput when a state's best average has another idea of better than the run."""
+    for key, average in state.items():
+        if isinstance(average, BestAverage) and average.mode != mode:
+            raise InvalidInput(
+                f"state[{key!r}] is a BestAverage with mode={average.mode!r}, but the run's mode is {mode!r}; "
+                f"give both the same"
+            )

@@ -351,6 +351,15 @@ class Saver:
             self._logger.warning("%s", text)
 
 
+def check_counts(epoch: int | None, step: int | None) -> None:
+    """Raise InvalidInput unless at least one is given, and both are whole numbers."""
+    for name, value in (("epoch", epoch), ("step", step)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise InvalidInput(f"{name}={value!r} must be a whole number of finished {name}s, at least 0")
+    if epoch is None and step is None:
+        raise InvalidInput("save() needs epoch= or step= (or both), so that the checkpoint can be told from others")
+
+
 def plain_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """Return the metrics as floats; one-element tensors and numpy scalars are fine."""
     found = {}

@@ -7,14 +7,17 @@ import dataclasses
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from runmgr.errors import InvalidInput
 from runmgr.worker.staging import OwnCopies, tensors_in
+
+if TYPE_CHECKING:
+    import logging
 
 RESERVED_KEYS = ("epoch", "step", "metrics", "run_id", "rng")
 _PER_RANK = "per_rank"
@@ -284,8 +287,16 @@ def rng_state() -> dict[str, str]:
     return states
 
 
-def restore_rng(states: Mapping[str, str]) -> None:
-    """Continue the random numbers where `rng_state` was taken."""
+def restore_rng(of_ranks: Sequence[Mapping[str, str]], rank: int, logger: logging.Logger) -> None:
+    """Continue this rank's random numbers where `rng_state` was taken; an empty list is of a file that has none."""
+    if rank >= len(of_ranks):
+        if of_ranks:
+            logger.warning(
+                "the checkpoint has random-number states of %d ranks, none for this one; it goes on with its own",
+                len(of_ranks),
+            )
+        return
+    states = of_ranks[rank]
     version, *words, gauss = states["python"].split(",")
     random.setstate((int(version), tuple(map(int, words)), float(gauss) if gauss else None))
     torch.set_rng_state(_decode(states["torch"]))
