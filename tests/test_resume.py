@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils.tensorboard
 from logged_digits import log_every_step
-from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks
+from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks, torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
@@ -22,6 +22,7 @@ from runmgr.examples import digits
 
 KILLS = int(os.environ.get("RUNMGR_KILLS", "1"))  # of ranks under one torchrun; 20 in CI
 EPOCHS = {2: 10, 4: 5}
+AVERAGED_EPOCHS = 11
 STEPS_AN_EPOCH = {2: 19, 4: 10}
 SAVES_BEFORE_KILLS = {2: (1, 2, 1, 2, 1, 2), 4: (1, 2, 1)}
 
@@ -155,6 +156,30 @@ def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_p
     subprocess.run(command, env=environ, stderr=subprocess.DEVNULL, check=True)
     (info,) = runmgr.list_runs("digits", tmp_path)
     assert (info.status, info.attempt, info.latest["epoch"]) == ("completed", 2, 8)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_torchrun_whose_ranks_die_at_every_epoch_ends_with_the_same_average(tmp_path):
+    """One epoch more than the ten that are averaged; each death is followed by a torchrun of its own."""
+    roots = tmp_path / "straight", tmp_path / "killed"
+    script = str(Path(__file__).with_name("dying_digits.py"))
+    command = [script, f"--epochs={AVERAGED_EPOCHS}", "--resume=latest"]
+    assert torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[0])).returncode == 0
+    deaths = 0
+    for epoch in range(1, AVERAGED_EPOCHS + 1):
+        for moment in {4: ("step", "saved"), 6: ("updated", "saved"), 9: ("step", "saved")}.get(epoch, ("saved",)):
+            number = STEPS_AN_EPOCH[2] * epoch - 9 if moment == "step" else epoch
+            died = torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[1]), DIES_AT=f"{moment} {number} {deaths % 2}")
+            deaths += 1
+            assert "Signal 9 (SIGKILL)" in died.stderr, died.stderr
+            (info,) = runmgr.list_runs("digits", roots[1])
+            assert (info.attempt, info.latest["epoch"]) == (deaths, epoch - (moment != "saved"))
+    done = torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[1]))
+    assert done.returncode == 0, done.stderr
+    _assert_same_training(*map(_final, roots))
+    members = torch.load(_final(roots[1])[0] / "average_model.pth", weights_only=True)["members"]
+    assert len(members) == 10
 
 
 @pytest.mark.long

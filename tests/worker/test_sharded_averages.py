@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement
 from runmgr.worker.averaging import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
+from runmgr.worker.state import local_part
 
 WORLDS = (2, 4, 8) if os.environ.get("RUNMGR_MANY_RANKS") else (2, 4)
+SHARDED_WORLDS = (1, *WORLDS) if os.environ.get("RUNMGR_MANY_RANKS") else (2,)  # with four kinds each
 KINDS = {
     "best": lambda model: BestAverage(model, k=2),
     "running": RunningAverage,
@@ -68,10 +71,11 @@ def update(average, metric):
     return average.update()
 
 
-def average_all(rank, kind, world=1):
+def average_all(rank, kind):
     torch.manual_seed(0)
     model = Mixed()
-    average = KINDS[kind](model)
+    has_ranks = torch.distributed.is_initialized()
+    average = KINDS[kind](nn.parallel.DistributedDataParallel(model) if has_ranks else model)
     for seed, metric in enumerate(METRICS):
         shake(model, seed, rank)
         update(average, metric)
@@ -85,7 +89,7 @@ def average_all(rank, kind, world=1):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_gets_the_bits_of_one_rank_alone(kind, world):
+def test_every_rank_gets_the_bits_of_rank_0_alone_though_its_buffers_are_its_own(kind, world):
     alone, applied = average_all(0, kind)
     assert_same_bits(applied, alone)
     for result, applied in values(run_ranks(world, average_all, kind, store="group")):
@@ -96,40 +100,71 @@ def test_every_rank_gets_the_bits_of_one_rank_alone(kind, world):
 def held_bytes(average):
     """What the average's tensors take, each memory once, found by looking at everything that it refers to."""
     found, seen, left = {}, set(), [average]
-    model = {tensor.untyped_storage().data_ptr() for tensor in average.model.state_dict().values()}
+    model = {local_part(tensor).untyped_storage().data_ptr() for tensor in average.model.state_dict().values()}
     while left:
         item = left.pop()
         if id(item) in seen or isinstance(item, (nn.Module, type)):
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
+            item = local_part(item)
             found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         elif isinstance(item, (dict, list, tuple)) or type(item).__module__.startswith("runmgr"):
             left += gc.get_referents(item)
     return sum(size for address, size in found.items() if address not in model)
 
 
+def layers(wide, *, sharded):
+    """A model whose largest tensors can be cut into eight; as DDP or FSDP2 have it where there is a process group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(wide, 301), nn.BatchNorm1d(301), nn.Linear(301, wide))
+    if sharded:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for part in (*model, model):
+            fully_shard(part, mesh=mesh)
+    elif torch.distributed.is_initialized():
+        model = nn.parallel.DistributedDataParallel(model)
+    return model
+
+
+def resident_bytes():
+    """The memory of this process that is no file's, as the kernel counts it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("world", [1, *WORLDS])
-def test_a_rank_holds_its_share_of_the_accumulators_and_little_more(world):
+def test_a_rank_holds_its_share_of_the_accumulators_and_little_more(world, sharded):
+    """By what the average refers to, and by how much the process grew."""
+    wide_by = {
+        "running": 2,
+        "exponential": 1,
+        "best": 1,
+    }  # float64 sums of float32; the newest member until the next save
+
     def measure(_rank):
-        model = nn.Sequential(nn.Linear(500, 301), nn.BatchNorm1d(301), nn.Linear(301, 100))
-        parameters = sum(parameter.nbytes for parameter in model.parameters())
-        found = {}
-        running, exponential, best = RunningAverage(model), ExponentialAverage(model), BestAverage(model, k=2)
-        running.update()
-        exponential.update()
-        best.update(1.0)
-        found["running"] = held_bytes(running) / (2 * parameters)  # float64 sums of float32
-        found["exponential"] = held_bytes(exponential) / parameters
-        found["best"] = held_bytes(best) / parameters  # the newest member until the next save
+        for kind in wide_by:
+            update(KINDS[kind](layers(8, sharded=False)), 1.0)  # what a first update of anything needs
+        model = layers(8_000, sharded=sharded)
+        parameters = sum(parameter.numel() * 4 for parameter in model.parameters())
+        found, kept = {}, {}
+        for kind, wide in wide_by.items():
+            before = resident_bytes()
+            average = kept[kind] = KINDS[kind](model)
+            update(average, 1.0)
+            found[f"{kind}, held"] = held_bytes(average) / (wide * parameters)
+            found[f"{kind}, grown"] = (resident_bytes() - before) / (wide * parameters)
         if world > 1:
-            best.averaged_state_dict()
-            found["best and its sum"] = held_bytes(best) / (4 * parameters)  # and float64 sums with float32 rests
+            kept["best"].averaged_state_dict()
+            found["best and its sum"] = held_bytes(kept["best"]) / (4 * parameters)  # and float64 sums, float32 rests
         return found
 
-    for found in values(run_ranks(world, measure, store="group" if world > 1 else "none")):
+    for found in values(run_ranks(world, measure, store="group")):
         print(world, {name: round(share * world, 3) for name, share in found.items()})
-        assert all(0.5 / world < share <= 1.1 / world for share in found.values()), found
+        assert all(0.9 / world < share <= 1.1 / world for share in found.values()), found
 
 
 def train(rank, kind, epochs, how):
@@ -217,8 +252,9 @@ def whole(state):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_model_is_averaged_in_its_shards(kind):
-    found = values(run_ranks(2, fully_sharded, kind, store="group"))
+@pytest.mark.parametrize("world", SHARDED_WORLDS)
+def test_a_sharded_model_is_averaged_in_its_shards_to_the_bits_of_a_whole_one(kind, world):
+    found = values(run_ranks(world, fully_sharded, kind, store="group"))
     states = found[0][0]
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
@@ -266,7 +302,7 @@ def test_what_is_not_finite_on_any_rank_enters_on_none():
     assert values(run_ranks(2, average, store="group")) == [(True, False, 1, True)] * 2
 
 
-def train_or_die(rank, kind, dies_at):
+def train_or_die(rank, kind, dies_at, dies_saved):
     torch.manual_seed(0)
     model = Mixed()
     average = KINDS[kind](model)
@@ -277,20 +313,26 @@ def train_or_die(rank, kind, dies_at):
         for epoch in range(progress.epoch, len(METRICS)):
             shake(model, epoch, rank)
             update(average, METRICS[epoch])
-            if epoch == dies_at:
+            if epoch == dies_at and not dies_saved:
                 os.kill(os.getpid(), signal.SIGKILL)
             average.averaged_state_dict()
             run.save(state, epoch=epoch + 1)
+            if epoch == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
         run.save_average(average)
         return str(run.path("average")), progress.epoch
 
 
+@pytest.mark.parametrize(("world", "saved"), [(1, False), (2, True)], ids=["1, before the save", "2, after it"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_every_epoch_an_average_ends_with_the_same_bits(kind):
+def test_killed_at_every_epoch_an_average_ends_with_the_same_bits(kind, world, saved):
     expected, _ = average_all(0, kind)
     for epoch in range(len(METRICS)):
-        died = run_ranks(1, train_or_die, kind, epoch)
-        assert [outcome.signal for outcome in died] == [signal.SIGKILL], died
-    ((path, started_at),) = values(run_ranks(1, train_or_die, kind, None))
-    assert started_at == len(METRICS) - 1
-    assert_same_bits(torch.load(path, weights_only=True)["net"], expected)
+        died = run_ranks(world, train_or_die, kind, epoch, saved, store="group")
+        assert signal.SIGKILL in [outcome.signal for outcome in died]
+        assert all(outcome.signal or outcome.error for outcome in died), (
+            "with rank 0 goes the store, so another may fail"
+        )
+    for path, started_at in values(run_ranks(world, train_or_die, kind, None, saved, store="group")):
+        assert started_at == len(METRICS) - (not saved)
+        assert_same_bits(torch.load(path, weights_only=True)["net"], expected)
