@@ -9,7 +9,8 @@ enters, average them on the CPU in the model's dtype, write the average. It is l
 
 An update's bandwidth is the bytes that it must read and write (an exponential average 3 models, a running one with float64 sums
 5 of float32) over its time, as a share of what a device copy reaches in the same round: that is the limit. On a GPU the
-last column is how much longer a step of matrix products (about `--step-ms`) takes with an update behind it.
+last column is how much longer a step of matrix products (about `--step-ms`) takes with an update behind it, and a last table
+the same of ten steps in a row, also with averages that were made with `overlap_with=optimizer`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _MEMBERS = 10
 _DECAY = 0.999
+_STEPS = 10
 
 
 def main() -> None:
@@ -61,6 +63,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             _best(model, size_mib, given, Path(folder))
         _updates(model, size_mib, given)
+        if device.type == "cuda":
+            _overlapped(model, size_mib, given)
 
 
 def _model(size_mib: int, tensor_mib: float, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -185,6 +189,33 @@ def _updates(model: nn.Module, size_mib: int, given: argparse.Namespace) -> None
         told = f"{statistics.median(longer[name][1:]):.1%}" if longer[name] else "-"
         print(f"| {name} | {_shown(times[name])} | {share:.0%} | {told} |")
     print(f"a copy: {2 * size_bytes / statistics.median(times['device copy'][1:]) / 1e9:.1f} GB/s read and written")
+
+
+def _overlapped(model: nn.Module, size_mib: int, given: argparse.Namespace) -> None:
+    optimizer = torch.optim.SGD(model.parameters())  # there are no gradients: its step does nothing but wait
+    ways: dict[str, Callable[[], object]] = {"no average": lambda: None}
+    for name, more in (("", {}), (", overlapped", {"overlap_with": optimizer})):
+        ways[f"exponential{name}"] = runmgr.ExponentialAverage(model, _DECAY, **more).update
+        ways[f"running{name}"] = runmgr.RunningAverage(model, **more).update
+    step = _step(given) or (lambda: None)
+
+    def train(update: Callable[[], object]) -> None:
+        for _ in range(_STEPS):
+            step()
+            optimizer.step()
+            update()
+
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    dice = random.Random(0)
+    for _ in range(given.rounds + 1):
+        for name in dice.sample(list(ways), len(ways)):
+            times[name].append(_seconds(lambda name=name: train(ways[name]), given.device))
+    print(f"\n{_STEPS} steps with an update of {size_mib} MiB in {given.dtype} behind each, {given.rounds} rounds")
+    print("| | ms | longer by |")
+    print("|---|---|---|")
+    for name, found in times.items():
+        pairs = zip(found[1:], times["no average"][1:], strict=True)
+        print(f"| {name} | {_shown(found)} | {statistics.median(own / alone - 1 for own, alone in pairs):.1%} |")
 
 
 def _plain_loop(averages: list[torch.Tensor], model: nn.Module) -> None:

@@ -92,8 +92,8 @@ SIGNATURES = {
     "Run.finish": "self",
     "Run.path": "self, name",
     "BestAverage": "model, k=10, *, mode='max'",
-    "RunningAverage": "model",
-    "ExponentialAverage": "model, decay=0.999, *, warmup=0",
+    "RunningAverage": "model, *, overlap_with=None",
+    "ExponentialAverage": "model, decay=0.999, *, warmup=0, overlap_with=None",
     "recalibrate_batch_norm": "model, loader",
     "average_checkpoints": (
         "sources, output=None, *, best=None, epochs=(), key=None, ckpt_root_dir=None, device='cpu', overwrite=False, "

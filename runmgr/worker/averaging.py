@@ -16,8 +16,9 @@ import torch
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement
 from runmgr.worker.fusing import Pairing, copy_all, empty_parts, quotients_into, set_zero
+from runmgr.worker.overlap import Overlap, OverlappingPairing, join
 from runmgr.worker.sharding import Layout, Piece, check_group, dense_like, dense_stride, flat
-from runmgr.worker.source import Source, check_same, is_averaged
+from runmgr.worker.source import Source, check_same, is_averaged, set_aside, write_into
 from runmgr.worker.staging import map_tensors, mapping_like
 from runmgr.worker.state import load_module_state, local_part, module_state, unwrap, with_local_part
 
@@ -62,17 +63,19 @@ class Average:
         """
         self._meet("compute the average")
         own = module_state(self.model)
-        kept = map_tensors(own, _set_aside)
+        kept = map_tensors(own, set_aside)
+        join()  # another average's update may still read what is written now
         try:
             if self._source.writes_through:
                 self._share([flat(local_part(own[key])) for key in self._source.layout.keys], own)
-                _write(own, self._shared_others(own))
+                write_into(own, self._shared_others(own))
             else:
                 load_module_state(self.model, self.averaged_state_dict())
             yield
         finally:
+            join()
             if self._source.writes_through:
-                _write(module_state(self.model), kept)
+                write_into(module_state(self.model), kept)
             else:
                 load_module_state(self.model, kept)
 
@@ -199,16 +202,17 @@ class Average:
 
 
 class Accumulated(Average):
-    """An average that is kept in one accumulator, from update to update."""
+    """An average that is kept in one accumulator, from update to update; for `overlap_with` see `overlap.py`."""
 
     _name = ""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, overlap_with: torch.optim.Optimizer | None = None) -> None:
         super().__init__(model)
         self.count = 0
+        self._overlap = Overlap(self.model, overlap_with) if overlap_with is not None else None
         self._parts: list[Tensor] = []
         self._others: Mapping[str, Any] = {}
-        self._paired: tuple[list[Tensor], Pairing] | None = None
+        self._paired: tuple[list[Tensor], Pairing | OverlappingPairing] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the accumulators in their own precision, the newest integer buffers and the count.
@@ -219,7 +223,7 @@ class Accumulated(Average):
             self._agree("gather the average", check_outlines, self.outline)
             return self.gathered(keep=self._is_main)
         own, layout = module_state(self.model), self._source.layout
-        parts = {layout.keys[piece.tensor]: part for piece, part in zip(layout.mine, self._parts, strict=False)}
+        parts = {layout.keys[piece.tensor]: part for piece, part in zip(layout.mine, self.parts(), strict=False)}
         found = {
             key: parts[key].as_strided(own[key].shape, dense_stride(own[key]))
             if key in parts
@@ -230,7 +234,7 @@ class Accumulated(Average):
 
     def gathered(self, *, keep: bool) -> dict[str, Any]:
         """Return `state_dict` on the ranks that `keep`, on the CPU. Every rank, once all have said that they can."""
-        found = self._whole(of_parts(self._parts), self._source.dtypes, keep=keep)
+        found = self._whole(of_parts(self.parts()), self._source.dtypes, keep=keep)
         others = map_tensors(self._others, lambda tensor: tensor.cpu())
         return {"count": self.count, self._name: found, "others": others}
 
@@ -248,22 +252,33 @@ class Accumulated(Average):
             device = _device_of(module_state(self.model))
             self._others = map_tensors(state["others"], lambda tensor: tensor.to(device, copy=True))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Give a copy no part in the overlap: its model has parameters that the optimizer does not know."""
+        return self.__dict__ | {"_parts": self.parts(), "_paired": None, "_overlap": None}
+
+    def parts(self) -> list[Tensor]:
+        """Return the accumulators of this rank's part, to be read after all updates."""
+        join()
+        return self._parts
+
     def _allocate(self) -> None:
         layout = self._source.layout
         dtypes = [self._source.dtypes[layout.keys[piece.tensor]] for piece in layout.mine]
         self._parts = empty_parts(self._source.views(), dtypes)
 
-    def _pairing(self) -> Pairing:
+    def _pairing(self) -> Pairing | OverlappingPairing:
         """Return the accumulators beside the model's present memory."""
         views = self._source.views()
         if self._paired is None or self._paired[0] is not views:
             if self._paired is not None and [view.device for view in self._paired[0]] != [
                 view.device for view in views
             ]:
-                parts = self._parts
+                parts = self.parts()
                 self._allocate()
                 copy_all(self._parts, parts)
-            self._paired = views, Pairing(self._parts, views)
+            overlap = self._overlap
+            made = overlap.paired(self._source, self._parts, views) if overlap else Pairing(self._parts, views)
+            self._paired = views, made
         return self._paired[1]
 
     def _counts(self) -> list[Any]:
@@ -278,6 +293,9 @@ class RunningAverage(Accumulated):
 
     Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization". Sums are float64. For the
     average of some epochs call `update()` at their ends only. It takes weights as they are, also those that are not finite.
+
+    `overlap_with=optimizer` lets an update on a GPU run beside the next forward and backward pass: the optimizer's step and
+    what reads the average wait for it. Nobody but the optimizer may write to its parameters meanwhile.
     """
 
     _name = "sums"
@@ -301,7 +319,8 @@ class RunningAverage(Accumulated):
             raise InvalidInput("nothing to average yet: call update() first")
 
     def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
-        quotients_into(targets, [piece.of(self._parts) for piece in group], self.count)
+        parts = self.parts()
+        quotients_into(targets, [piece.of(parts) for piece in group], self.count)
 
 
 class ExponentialAverage(Accumulated):
@@ -310,12 +329,20 @@ class ExponentialAverage(Accumulated):
     With `warmup` the nth update, counted from 0, has the decay `min(decay, (1 + n) / (warmup + n))`, so that the random
     weights of the beginning are soon forgotten; 10 is the usual number, from the `num_updates` of TensorFlow's
     `tf.train.ExponentialMovingAverage`. Parameters of 16 bits are averaged in float32, others in their own precision.
+    `overlap_with` is that of `RunningAverage`.
     """
 
     _name = "averages"
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, *, warmup: float = 0) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        *,
+        warmup: float = 0,
+        overlap_with: torch.optim.Optimizer | None = None,
+    ) -> None:
+        super().__init__(model, overlap_with=overlap_with)
         if not 0 <= decay < 1:
             raise InvalidInput(f"decay={decay!r} must be at least 0 and below 1, such as 0.999")
         if not 0 <= warmup < float("inf"):
@@ -345,7 +372,8 @@ class ExponentialAverage(Accumulated):
         """There is always something."""
 
     def _fill(self, targets: list[Tensor], group: list[Piece]) -> None:
-        copy_all(targets, [piece.of(self._parts) for piece in group])
+        parts = self.parts()
+        copy_all(targets, [piece.of(parts) for piece in group])
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -377,19 +405,3 @@ def _device_of(own: Weights) -> torch.device:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
-
-
-def _set_aside(tensor: Tensor) -> Tensor:
-    """Copy this rank's part of a tensor, to host memory where its device has no room."""
-    local = local_part(tensor).detach()
-    try:
-        return with_local_part(tensor, local.clone())
-    except torch.OutOfMemoryError:
-        return with_local_part(tensor, local.cpu())
-
-
-@torch.no_grad()
-def _write(own: Weights, values: Mapping[str, Any]) -> None:
-    """Copy the values into the tensors of a state dict, which are the model's own."""
-    keys = [key for key in own if key in values and own[key].numel()]
-    copy_all([local_part(own[key]).detach() for key in keys], [local_part(values[key]) for key in keys])

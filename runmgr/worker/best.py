@@ -200,7 +200,7 @@ class BestAverage(Average):
 
     def _present(self) -> list[Tensor]:
         """Return this rank's part of what would enter now."""
-        return self._source.views() if self.faded is None else self.faded._parts  # noqa: SLF001  # made for each other
+        return self._source.views() if self.faded is None else self.faded.parts()
 
     def _present_others(self) -> Mapping[str, Any]:
         return self._source.others() if self.faded is None else self.faded._others  # noqa: SLF001  # as above

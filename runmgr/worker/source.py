@@ -8,9 +8,10 @@ import torch
 
 from runmgr.errors import InvalidInput
 from runmgr.worker import agreement
+from runmgr.worker.fusing import copy_all
 from runmgr.worker.sharding import Layout, flat_in_order_of, is_dense
 from runmgr.worker.staging import map_tensors
-from runmgr.worker.state import is_sharded, local_part, module_state, parameter_keys, sharded_like
+from runmgr.worker.state import is_sharded, local_part, module_state, parameters_of, sharded_like, with_local_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ class Source:
         averaged = {key: tensor for key, tensor in own.items() if is_averaged(tensor)}
         self.dtypes = {key: dtype_of(tensor) for key, tensor in averaged.items()}
         self.ranks = agreement.current_ranks()
-        self.layout = Layout(averaged, parameter_keys(model), self.dtypes, self.ranks)
+        self.layout = Layout(averaged, parameters_of(model), self.dtypes, self.ranks)
         self.outlines = {key: _outline(tensor) for key, tensor in averaged.items()}
         self._look(own)
 
@@ -85,6 +86,22 @@ def check_same(known: Mapping[str, Any], found: Mapping[str, Any], whose: str) -
     if any(wrong.values()):
         told = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in wrong.items() if keys)
         raise InvalidInput(f"{whose} has other tensors than the average is of ({told}); make a new average for it")
+
+
+def set_aside(tensor: Tensor) -> Tensor:
+    """Copy this rank's part of a tensor, to host memory where its device has no room."""
+    local = local_part(tensor).detach()
+    try:
+        return with_local_part(tensor, local.clone())
+    except torch.OutOfMemoryError:
+        return with_local_part(tensor, local.cpu())
+
+
+@torch.no_grad()
+def write_into(own: Weights, values: Mapping[str, Any]) -> None:
+    """Copy the values into the tensors of a state dict, which are the model's own."""
+    keys = [key for key in own if key in values and own[key].numel()]
+    copy_all([local_part(own[key]).detach() for key in keys], [local_part(values[key]) for key in keys])
 
 
 def _outline(tensor: Tensor) -> tuple[Any, ...]:

@@ -101,9 +101,9 @@ def with_local_part(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
-def parameter_keys(module: nn.Module) -> set[str]:
-    """Return which keys of `module_state` are parameters, not buffers."""
-    return {_clean(name) for name, _ in unwrap(module).named_parameters(remove_duplicate=False)}
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters, which are no buffers, under the keys of `module_state`."""
+    return {_clean(name): parameter for name, parameter in unwrap(module).named_parameters(remove_duplicate=False)}
 
 
 @dataclasses.dataclass(frozen=True)
