@@ -11,7 +11,9 @@ import gc
 import pytest
 import torch
 from late_stream import Streams
+from processes import run_ranks, values
 from test_averaging import assert_same_bits, copied
+from test_sharded_averages import layers, whole
 from torch import nn
 
 import runmgr
@@ -204,6 +206,28 @@ READERS = [
 def test_who_reads_or_writes_after_an_update_waits_for_it(result, beside):
     late, plain = pair(lambda model, **more: ExponentialAverage(model, 0.9, **more), beside)
     assert_same_bits(result(late), result(plain))
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_each_rank_updates_its_share_beside_the_training(sharded):
+    def train(_rank):
+        beside = Beside("cpu", Streams(pytest.MonkeyPatch()))
+        torch.manual_seed(0)
+        model = layers(8, sharded=sharded)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        late, plain = (ExponentialAverage(model, 0.9, **more) for more in ({"overlap_with": optimizer}, {}))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().sum().backward()
+            optimizer.step()
+            plain.update()
+            beside.update(late)
+        with late.applied(), torch.no_grad():
+            applied = copied(whole(model.state_dict()))
+        return applied, copied(whole(plain.averaged_state_dict()))
+
+    for applied, expected in values(run_ranks(2, train, store="group")):
+        assert_same_bits({key.removeprefix("module."): tensor for key, tensor in applied.items()}, expected)
 
 
 def test_memory_that_the_other_stream_uses_is_recorded_there(monkeypatch):
