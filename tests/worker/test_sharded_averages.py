@@ -147,8 +147,8 @@ def test_a_rank_holds_its_share_of_the_accumulators_and_little_more(world, shard
 
     def measure(_rank):
         for kind in wide_by:
-            update(KINDS[kind](layers(8, sharded=False)), 1.0)  # what a first update of anything needs
-        model = layers(8_000, sharded=sharded)
+            update(KINDS[kind](layers(500, sharded=False)), 1.0)  # what a first update of anything needs
+        model = layers(16_000, sharded=sharded)
         parameters = sum(parameter.numel() * 4 for parameter in model.parameters())
         found, kept = {}, {}
         for kind, wide in wide_by.items():
@@ -164,7 +164,7 @@ def test_a_rank_holds_its_share_of_the_accumulators_and_little_more(world, shard
 
     for found in values(run_ranks(world, measure, store="group")):
         print(world, {name: round(share * world, 3) for name, share in found.items()})
-        assert all(0.9 / world < share <= 1.1 / world for share in found.values()), found
+        assert all(0.8 / world < share <= 1.1 / world for share in found.values()), found
 
 
 def train(rank, kind, epochs, how):
