@@ -18,6 +18,7 @@ from runmgr.disk.launches import NamedLaunch, SlurmLaunch
 from runmgr.errors import InvalidInput, RunBusy, RunError, RunNotFound
 from runmgr.run import Writer
 from runmgr.worker import agreement as agreements
+from runmgr.worker import loading
 
 if TYPE_CHECKING:
     from runmgr.disk.checkpoints import Mode
@@ -271,6 +272,11 @@ def _fork_source(request: Request) -> tuple[Path, checkpoints.Checkpoint | None]
         raise RunNotFound(
             f"fork_from={given!r} is neither a run of {request.experiment.path} with a checkpoint nor a file",
             path=str(path),
+        )
+    if not loading.can_map(path):
+        raise InvalidInput(
+            f"fork_from={given!r} is no zip file, as torch.save has written since torch 1.6; if torch.load reads it, save "
+            f"what it holds anew"
         )
     return path, None
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import clean_environment, run, run_ranks, torchrun, values
-from torch import nn
 from worker.faults import fill, read_only, small_disk
 
 import runmgr
@@ -376,14 +375,6 @@ def test_a_fork_is_a_new_run_that_begins_at_the_checkpoint_and_says_where_it_cam
     assert len(said["digest"]) == 64
     assert {path: path.stat().st_ino for path in parent.path.rglob("*.pth")} == before
     assert torch.load(parent.path / "ckpt_latest.pth", weights_only=True)["n"] == "second"
-
-
-def test_a_fork_from_a_file_of_another_program(tmp_path):
-    torch.save({"net": nn.Linear(2, 2).state_dict()}, tmp_path / "theirs.pth")
-    model = nn.Linear(2, 2)
-    with runmgr.start_run("x", fork_from=tmp_path / "theirs.pth") as run:
-        assert run.restore({"net": model}).epoch == 0
-    assert torch.equal(model.weight, torch.load(tmp_path / "theirs.pth", weights_only=True)["net"]["weight"])
 
 
 def test_a_fork_from_nothing_makes_no_run(root):

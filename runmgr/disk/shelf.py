@@ -125,7 +125,8 @@ class Shelf:
     def adopt(self, source: Path, others: Sequence[Path] = (), **facts: Any) -> Checkpoint:
         """Bring another run's file, and the `others` that its averages are made of, into this one: the start of a fork.
 
-        All of it is linked where possible, durable before the commit, and counts at once.
+        All of it is linked where possible, durable before the commit, and counts at once. What somebody may write to, as
+        other programs' files, is copied: through a link they would change it here too.
         """
         saved = record.now_text()
         adopted = Checkpoint(attempt=0, sequence=1, saved=saved, **facts)
@@ -134,7 +135,10 @@ class Shelf:
             for number, _ in enumerate(others, start=2)
         ]
         for entry, path in zip([adopted, *members], [source, *others], strict=True):
-            atomic.point_name(entry.path_in(self.run), path)
+            if path.stat().st_mode & 0o222:
+                atomic.copy(path, entry.path_in(self.run))
+            else:
+                atomic.point_name(entry.path_in(self.run), path)
         atomic.sync_directory(self.run.objects_path)
         self.entries += [self._measured(entry) for entry in members]
         return self.publish(adopted)

@@ -10,6 +10,7 @@ import base64
 import io
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,9 +172,24 @@ def _problem(run: RunDirectory, offer: dict[str, Any], agreement: Agreement) -> 
 def _loaded(path: Path, agreement: Agreement) -> tuple[list[Any], str | None]:
     """Return in a list what the file holds, mapped from it, or what is wrong with it."""
     try:
-        return [load_file(path, mmap=can_map(path))], None
+        content = load_file(path, mmap=can_map(path))
     except (CheckpointCorrupt, OSError) as error:
         return [], _told(error, agreement)
+    if not isinstance(content, Mapping):
+        return [], f"{path} holds a {type(content).__name__}, not a dict"
+    return [{key: value for key, value in content.items() if _is_ours(key, value)}], None
+
+
+def _is_ours(key: str, value: object) -> bool:
+    """Whether this is what runmgr writes under its own keys, by which another program may mean something else."""
+    match key:
+        case "epoch" | "step":
+            return isinstance(value, int)
+        case "metrics":
+            return isinstance(value, Mapping)
+        case "rng":
+            return isinstance(value, list) and all(isinstance(each, Mapping) and "python" in each for each in value)
+    return True
 
 
 def _told(error: Exception, agreement: Agreement) -> str:

@@ -218,11 +218,7 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
     `saved` may be mapped from a file: whatever is kept of it is copied. Raises InvalidInput when it lacks a key of
     `state`; nothing is loaded then.
     """
-    if missing := [key for key in state if key not in saved]:
-        raise InvalidInput(
-            f"the checkpoint has no {missing}; it holds {sorted(set(saved) - set(RESERVED_KEYS))}. Leave out of `state` "
-            f"what it does not have."
-        )
+    _check_has(saved, state)
     for key, target in state.items():
         _check_mark(key, target, saved[key])
     values, copies = {}, OwnCopies()
@@ -246,6 +242,20 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
         else:
             values[key] = part
     return values
+
+
+def _check_has(saved: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    if not (missing := [key for key in state if key not in saved]):
+        return
+    if saved and all(isinstance(value, torch.Tensor) for value in saved.values()):
+        raise InvalidInput(
+            f"the checkpoint has no {missing}: it is a model's bare state dict, {next(iter(saved))!r} and so on. Begin "
+            f"without it, and give it to the model in a run that is fresh: model.load_state_dict(run.load(path))"
+        )
+    raise InvalidInput(
+        f"the checkpoint has no {missing}; it holds {sorted(set(saved) - set(RESERVED_KEYS))}. Leave out of `state` "
+        f"what it does not have."
+    )
 
 
 def joined_per_rank(parts: list[Any]) -> dict[str, list[Any]]:
