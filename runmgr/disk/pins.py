@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from runmgr.disk import atomic
+from runmgr.disk import atomic, record
 from runmgr.disk.checkpoints import Checkpoint, object_names, read_all
 from runmgr.errors import CheckpointNotFound
 
@@ -42,8 +42,9 @@ def pin(run: RunDirectory, name: str) -> Checkpoint:
         was_quicker = False
     if not was_quicker:  # than the retention of a live run
         _remove(run, entry)
-        with suppress(OSError):  # not empty, as it should be, unless the run went to the trash in this instant
-            run.pins_path.rmdir()
+        if not record.is_there(run):  # it went to the trash in this instant; else somebody may be setting a pin
+            with suppress(OSError):
+                run.pins_path.rmdir()
         raise _no_such_checkpoint(run, name)
     atomic.sync_directory(run.path)
     return entry

@@ -417,18 +417,39 @@ def test_objects_that_an_average_in_memory_holds_stay_until_it_lets_go(run):
 def test_a_pin_that_retention_outran_is_taken_back(run, monkeypatch):
     shelf = open_shelf(run)
     save(shelf, 1)
+    _pin_too_late(run, "ckpt_latest.pth", monkeypatch)
+    assert pins.pinned_objects(run) == set()
+    assert list(run.path.glob("ckpt_pinned*")) == []
+
+
+def test_a_pin_that_is_taken_back_takes_nothing_from_one_that_is_being_set(run, monkeypatch):
+    shelf = open_shelf(run, keep=Keep(last=2))
+    save(shelf, 1)
+    save(shelf, 2)
+    create_empty = atomic.create_empty
+
+    def after_the_other(path):
+        monkeypatch.setattr(atomic, "create_empty", create_empty)
+        _pin_too_late(run, "ckpt_epoch_1.pth", monkeypatch)
+        create_empty(path)
+
+    monkeypatch.setattr(atomic, "create_empty", after_the_other)
+    pins.pin(run, "ckpt_latest.pth")
+    assert pins.pinned_objects(run) == {"0001-000002.pth"}
+
+
+def _pin_too_late(run, name, monkeypatch):
+    """Set a pin whose checkpoint retention removes meanwhile."""
     point_name = atomic.point_name
 
-    def too_late(name, target):
-        point_name(name, target)
+    def too_late(public, target):
+        point_name(public, target)
         target.unlink()
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "point_name", too_late)
-        with pytest.raises(CheckpointNotFound, match="has no ckpt_latest"):
-            pins.pin(run, "ckpt_latest.pth")
-    assert pins.pinned_objects(run) == set()
-    assert list(run.path.glob("ckpt_pinned*")) == []
+        with pytest.raises(CheckpointNotFound, match=f"has no {name}"):
+            pins.pin(run, name)
 
 
 @pytest.mark.parametrize("name", ["ckpt_pinned_epoch_1_0001-000001.pth", "0001-000001.pth"])
