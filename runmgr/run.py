@@ -58,7 +58,18 @@ class Writer(NamedTuple):
 class Run:
     """An open run. Made by `start_run`, left through `with` or `finish()`.
 
-    The attributes are plain and never collective. Methods say who must call them.
+    Its status is then completed; preempted, after `should_stop` said True; interrupted, by Ctrl-C; or failed, by another
+    exception. The attributes are plain and never collective. Methods say who must call them.
+
+    run_id, experiment_name     which run this is
+    run_dir                     its directory, a Path
+    rank, world_size, is_main   this process among those of the launch; rank 0 is main
+    attempt                     how many starts of processes the run has had, this one included
+    resumed                     whether the run was there before this start
+    config                      the configuration that was given, as plain dicts, lists and values, secrets included
+    logger                      writes to this rank's log file, rank 0's to the terminal as well
+    log_handler                 that file, for loggers of your own: `logging.getLogger().addHandler(run.log_handler)`
+    tensorboard                 rank 0's SummaryWriter; on other ranks all its methods do nothing
     """
 
     def __init__(
@@ -131,7 +142,10 @@ class Run:
         return self._directory.public_path(name)
 
     def log_scalars(self, scalars: Mapping[str, Any], *, step: int) -> None:
-        """Write scalars to TensorBoard at `step`. Any rank may call; only rank 0's values are written."""
+        """Write scalars to TensorBoard at `step`: numbers, or tensors of one element, by their names.
+
+        Any rank may call; only rank 0's values are written.
+        """
         self._step = step
         if self.is_main:
             for name, value in saving.plain_metrics(scalars).items():
@@ -154,7 +168,8 @@ class Run:
 
         Every rank. `epoch` counts finished epochs, `step` finished steps; give one or both. The file holds the keys
         of `state` (modules bare, with full state dicts) and epoch, step, metrics, run_id and the random-number states
-        of all ranks. If it fails on any rank it raises the same error on all, and the previous checkpoint is intact.
+        of all ranks. If it fails on any rank, say by OSError on a full disk, it raises the same error on all, and the
+        previous checkpoint is intact.
         `state_dict()` is called on every rank; rank 0's is saved. What `torch.load(weights_only=True)` would not load is
         an error naming its place; named tuples become tuples, dataclasses dicts, enums and paths what they stand for.
 
@@ -194,8 +209,9 @@ class Run:
         """Load a checkpoint into the objects of `state` and continue the random numbers; say how far it had come.
 
         Every rank. Rank 0 chooses for all: "latest" falls back to the next older good checkpoint, with a warning; any
-        other name ("best", "ckpt_epoch_10.pth") is loaded exactly. In a fresh run nothing happens. A key of `state`
-        that the checkpoint lacks is an error, further keys in the file are ignored.
+        other name ("best", "ckpt_epoch_10.pth") is loaded exactly, or is CheckpointNotFound or CheckpointCorrupt. In a
+        fresh run nothing happens. A key of `state` that the checkpoint lacks is an error, further keys in the file are
+        ignored.
         """
         self._check_open()
         self.wait()
@@ -242,7 +258,8 @@ class Run:
     def load(self, name_or_path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
         """Load one file, once every byte is checked, and return what it holds. Any rank.
 
-        A name means this run's file; "cuda" means this rank's device.
+        A name ("best", "ckpt_epoch_10.pth") means this run's file; "cuda" means this rank's device. Raises
+        CheckpointNotFound, or CheckpointCorrupt for what is damaged or needs more than `weights_only=True`.
         """
         is_name = isinstance(name_or_path, str) and "/" not in name_or_path
         path = self.path(str(name_or_path)) if is_name else Path(name_or_path)

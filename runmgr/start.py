@@ -52,7 +52,8 @@ def start_run(
     """Open this launch's run: one directory `<ckpt_root_dir>/<experiment_name>/<run_id>/` for all its ranks.
 
     Every rank, before or after `init_process_group`; creates no CUDA context. If anything fails on any rank, every
-    rank raises the same error, and nothing is left behind.
+    rank raises the same error, and nothing is left behind: InvalidInput, RunNotFound (run_id, fork_from), RunBusy, NotShared,
+    RankTimeout, RankFailed or OSError. One run is open in a process at a time.
 
     ckpt_root_dir  where experiments lie; default $RUNMGR_CKPT_ROOT_DIR, else `checkpoints/` in the script's project
     config         Mapping, Namespace, dataclass or OmegaConf; goes to config.json with secrets masked
@@ -60,8 +61,9 @@ def start_run(
                    that has a checkpoint (RunBusy if it is being trained), a new one if there is none; "never": new
     run_id         continue exactly this run
     fork_from      start a new run from a checkpoint: a run id of this experiment, or the path of a file
-    monitor, mode  the metric given to `save(metrics=…)` that decides what is best, and whether more or less is better
-    keep           which checkpoints stay, see Keep
+    monitor        the metric, of those given to `save(metrics=…)`, by which a checkpoint is best; None: none is
+    mode           "max" where more of it is better, "min" where less is
+    keep           which checkpoints stay, a `Keep`; by default the latest and the best
     on_save_error  "raise", or "warn" to train on with the previous checkpoint, up to three failures in a row
     tags           words to find the run by
     capture_console  write what each rank prints into console_<time>.txt as well, C++, NCCL and child processes included

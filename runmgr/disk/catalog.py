@@ -34,8 +34,9 @@ _MOST_COMPARED = 1000
 class RunInfo:
     """What run.json says of a run, with its status as it looks now. Times are UTC, ISO 8601.
 
-    `latest` and `best` sum up those checkpoints; `parent` says what a fork began from. A run that another program made
-    (super-gradients) has the status "unknown" and no more than its files; one whose run.json is damaged or may not be
+    `latest` and `best` sum up those checkpoints; `parent` says what a fork began from. The status is running, completed,
+    failed, interrupted, preempted or lost (it says running, but its writer shows no sign of life). A run that another
+    program made (super-gradients) is "unknown" and has no more than its files; one whose run.json is damaged or may not be
     read is "unreadable".
     """
 

@@ -30,11 +30,19 @@ _OBJECT_NAME = re.compile(r"(\d{4,})-(\d{6,})\.pth")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One committed checkpoint, as its attempt's record lists it. Sizes in bytes; `epoch` counts finished epochs.
+    """One committed checkpoint, as its attempt's record lists it.
 
-    `members` are the objects that the averages in it are made of; after a fork they lie under other names than the
-    file itself says, and `renamed` translates. Attempt 0 stands for what a fork brought along. `logged` is the greatest
-    step of what TensorBoard had been given by then, -1 for nothing.
+    attempt, sequence  its place in the order; attempt 0 stands for what a fork brought along
+    epoch, step        how many were finished, None where that was not said
+    metrics            what was given to `Run.save`
+    size_bytes         of the file
+    digest             SHA-256 of what no CRC in the file covers; "" where it was found damaged and nothing is known of it
+    names              the public names that it has
+    members            the objects that the averages in it are made of
+    renamed            after a fork: where members lie now, by the names that the file itself says
+    kind               "checkpoint", "average" (average_model.pth), or "member" of an average, brought along by a fork
+    saved              when, UTC, ISO 8601
+    logged             the greatest step that TensorBoard had been given by then, -1 for nothing
     """
 
     attempt: int
@@ -58,7 +66,7 @@ class Checkpoint:
 
     @property
     def order(self) -> tuple[int, int]:
-        """What newer means."""
+        """What newer means: attempt, then sequence."""
         return self.attempt, self.sequence
 
     def path_in(self, run: RunDirectory) -> Path:

@@ -33,9 +33,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Which checkpoints stay: the `last` newest, the `best` best, and epochs or steps by number.
+    """Which checkpoints stay. Latest, best, members of an average and pinned ones always do.
 
-    Latest, best, members of an average and pinned ones always stay: `last=0` keeps only those, `last=None` all.
+    last            so many of the newest; 0 keeps only those that always stay, None all
+    best            so many of the best by the run's `monitor`
+    epochs          those of certain epochs, by the number of finished ones: (10, 20)
+    every_n_epochs  every so many epochs
+    every_n_steps   every so many steps, of those that are saved
     """
 
     last: int | None = 1

@@ -14,14 +14,12 @@ if TYPE_CHECKING:
 def start_options(training_params: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `training_params` means for `runmgr.start_run(experiment_name, **start_options(training_params))`.
 
-    ======================================  ==================================================================
     resume=True                             resume="latest"; a new run where there is none to go on with
     run_id                                  run_id: exactly that run
     resume_path                             fork_from: a new run that begins at this file
     save_ckpt_epoch_list                    keep=Keep(epochs=…); both count finished epochs
     metric_to_watch ("Accuracy")            monitor
-    greater_metric_to_watch_is_better (yes) mode
-    ======================================  ==================================================================
+    greater_metric_to_watch_is_better (yes)  mode
 
     All of it also becomes the run's config.
     """
