@@ -189,6 +189,7 @@ def _shown(launches: list[Launch]) -> str | None:
 def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
+    record.check_format(run)
     lease, key = leases.Lease(run), _shown(launches)
     lease.acquire(takes_over=choice.takes_over, launch=key)
     try:
@@ -213,8 +214,8 @@ def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any
                 tags=list(request.tags), parent=None, masked=request.masked, latest=None, best=None, **facts,
             )  # fmt: skip
         run_record.update(
-            status="running", started=attempt.content["started"], ended=None, error=None, attempt=attempt.number,
-            monitor=request.monitor, mode=request.mode, **topology,
+            format=record.FORMAT, status="running", started=attempt.content["started"], ended=None, error=None,
+            attempt=attempt.number, monitor=request.monitor, mode=request.mode, **topology,
         )  # fmt: skip
         if choice.is_new and request.fork_from is not None:
             _fork(request, shelf)

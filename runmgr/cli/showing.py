@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import curves, references, tables
-from runmgr.disk import catalog, directory, drift, failures
+from runmgr.disk import catalog, directory, drift, failures, record
 from runmgr.disk.summary import mapping, sequence
 from runmgr.errors import RunNotFound
 
@@ -45,26 +45,26 @@ def _show(given: argparse.Namespace) -> int:
     if given.json:
         tables.print_json(run.as_json() | {"first_failure": failure, "drift": differences, "record": run.record})
         return 0
-    record = run.record
-    error, parent = mapping(record.get("error")), mapping(run.parent)
+    content, place = run.record, directory.RunDirectory(run.path)
+    error, parent = mapping(content.get("error")), mapping(run.parent)
     tables.print_facts(
         [
             ("run", run.run_id),
             ("path", run.path),
-            ("status", run.status),
+            ("status", ": ".join(filter(None, (run.status, record.newer_format(place))))),
             ("error", f"{error.get('type')}: {error.get('message')}" if error else ""),
             *_failure_rows(run, failure),
             ("created", run.created),
             ("ended", run.ended),
             ("attempt", run.attempt),
             ("changed", drift.sentence(differences, shown=3)),
-            ("hosts", ", ".join(map(_host, sequence(record.get("hosts"))))),
+            ("hosts", ", ".join(map(_host, sequence(content.get("hosts"))))),
             ("latest", _checkpoint(run.latest)),
             ("best", _checkpoint(run.best)),
             ("forked from", parent.get("path")),
             ("tags", " ".join(run.tags)),
-            ("command", " ".join(map(str, sequence(record.get("argv"))))),
-            ("git", _commit(mapping(record.get("git")))),
+            ("command", " ".join(map(str, sequence(content.get("argv"))))),
+            ("git", _commit(mapping(content.get("git")))),
             ("files", " ".join(_files(run.path))),
         ]
     )

@@ -225,7 +225,11 @@ def _limits(accounts: list[_Account]) -> dict[int, int]:
 
 
 def read_books(run: RunDirectory) -> Books:
-    """Read the records of all attempts; raises OSError when one is there and cannot be read."""
+    """Read the records of all attempts.
+
+    Raises OSError when one is there and cannot be read, RunError when a newer version of runmgr wrote in this run.
+    """
+    record.check_format(run)
     accounts = [_read_account(run, number) for number in record.attempt_numbers(run)]
     limits = _limits(accounts)
     unnamed = 0 if accounts and accounts[-1].accepts is not None else math.inf

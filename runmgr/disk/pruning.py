@@ -176,8 +176,11 @@ def _judged(  # noqa: PLR0917  # called once, above
 def _protection(run: RunInfo, age: timedelta) -> str:
     if run.status in {"unknown", "unreadable"}:
         return "not made by runmgr, or its run.json cannot be read"
+    place = RunDirectory(run.path)
+    if newer := record.newer_format(place):
+        return newer
     try:
-        pinned = sorted(pins.pinned_objects(RunDirectory(run.path)))
+        pinned = sorted(pins.pinned_objects(place))
     except OSError as error:
         return f"its pins cannot be read: {error.strerror}"
     reasons = {

@@ -58,6 +58,22 @@ def look_at_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def newer_format(run: RunDirectory) -> str | None:
+    """Say so of a run in which a later version wrote what this one would misread; no number means the first format."""
+    numbers = [content.get("format") for content in (look_at_json(run.record_path), newest_record(run))]
+    newest = max((number for number in numbers if isinstance(number, int)), default=FORMAT)
+    if newest <= FORMAT:
+        return None
+    return f"a newer runmgr wrote it (format {newest}, this one knows {FORMAT}); upgrade runmgr to use it"
+
+
+def check_format(run: RunDirectory) -> None:
+    """Raise RunError for a run that only a later version may judge or change."""
+    why = newer_format(run)
+    if why is not None:
+        raise RunError(f"run {run.run_id} is not for this version: {why}", run_id=run.run_id, path=str(run.path))
+
+
 def attempt_numbers(run: RunDirectory) -> list[int]:
     """Return the attempts that this run has had, in order; listings, so that the file server answers.
 

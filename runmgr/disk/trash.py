@@ -174,6 +174,7 @@ def _check_pins(run: RunDirectory) -> None:
 @contextmanager
 def _held(run: RunDirectory) -> Iterator[None]:
     """Hold the run as a training does that continues it, until the block has moved it or failed."""
+    record.check_format(run)
     lease = leases.Lease(run)
     try:
         lease.acquire(takes_over=False)
