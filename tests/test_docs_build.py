@@ -37,7 +37,7 @@ def site(tmp_path_factory):
 
 def test_the_site_begins_at_its_root(site):
     (start,) = re.findall('url=([^"]+)', (site / "index.html").read_text())
-    assert "nothing saved in it is ever lost" in (site / start).read_text()
+    assert "half an hour" in (site / start).read_text()
 
 
 @pytest.mark.parametrize("package", [runmgr, super_gradients], ids=lambda package: package.__name__)
