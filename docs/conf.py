@@ -93,7 +93,7 @@ def _definition(row: re.Match[str]) -> str:
 def setup(app: Sphinx) -> None:
     """Tell Sphinx of the above."""
     for module in pkgutil.walk_packages(runmgr.__path__, "runmgr."):
-        if not module.name.endswith("__main__"):
+        if not re.search(r"__main__|\.examples", module.name):
             know_types(importlib.import_module(module.name))
     app.add_role("mention", Mention(innernodeclass=nodes.literal))
     app.connect("missing-reference", find)
