@@ -15,7 +15,9 @@ import runmgr
 
 
 def until_stopped(tell, root, worker_init_fn):
-    loader = DataLoader(TensorDataset(torch.arange(100_000)), batch_size=1, num_workers=2, worker_init_fn=worker_init_fn)
+    loader = DataLoader(
+        TensorDataset(torch.arange(100_000)), batch_size=1, num_workers=2, worker_init_fn=worker_init_fn
+    )
     with runmgr.start_run("stopped", ckpt_root_dir=root) as run:
         run.save({"steps": 0}, step=0)
         for step, _ in enumerate(loader, start=1):
