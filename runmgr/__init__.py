@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from runmgr.worker.averaging import ExponentialAverage, RunningAverage
     from runmgr.worker.batchnorm import recalibrate_batch_norm
     from runmgr.worker.best import BestAverage
+    from runmgr.worker.preemption import ignore_stop_signals
     from runmgr.worker.saving import SaveHandle
     from runmgr.worker.soup import average_checkpoints
     from runmgr.worker.state import per_rank
@@ -95,6 +96,7 @@ _HOMES = {
     "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
     "runmgr.worker.batchnorm": ("recalibrate_batch_norm",),
     "runmgr.worker.best": ("BestAverage",),
+    "runmgr.worker.preemption": ("ignore_stop_signals",),
     "runmgr.worker.saving": ("SaveHandle",),
     "runmgr.worker.soup": ("average_checkpoints",),
     "runmgr.worker.state": ("per_rank",),
@@ -107,9 +109,9 @@ __all__ = [  # sorted by a test, without the version
     "RankFailed", "RankTimeout", "Run", "RunBusy", "RunError", "RunInfo", "RunNotFound", "RunProtected",
     "RunningAverage", "SaveHandle", "ScalarPoint", "Superseded", "TrashedRun", "Verdict", "average_checkpoints",
     "best_run", "compare_runs", "export_checkpoint", "find_run", "get_checkpoints_dir_path", "get_latest_run_id",
-    "get_run", "list_experiments", "list_runs", "list_trash", "per_rank", "pin_checkpoint", "plan_prune",
-    "purge_trash", "read_scalars", "recalibrate_batch_norm", "remove_run", "restore_run", "start_run", "tag_run",
-    "unpin_checkpoint", "untag_run", "verify_run",
+    "get_run", "ignore_stop_signals", "list_experiments", "list_runs", "list_trash", "per_rank", "pin_checkpoint",
+    "plan_prune", "purge_trash", "read_scalars", "recalibrate_batch_norm", "remove_run", "restore_run", "start_run",
+    "tag_run", "unpin_checkpoint", "untag_run", "verify_run",
 ]  # fmt: skip
 
 

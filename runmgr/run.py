@@ -288,7 +288,7 @@ class Run:
 
         Every rank, equally often, from the main thread; all ranks answer True at the same call, within a second and
         two calls of the signal. Until then a call costs microseconds: nothing is exchanged, no device is waited for.
-        The first one installs the signal handlers.
+        The first one installs the signal handlers. Give a DataLoader with workers `worker_init_fn=ignore_stop_signals`.
         """
         self._check_open()
         if self._was_stopped:
@@ -378,6 +378,7 @@ class Run:
         if not self._is_open:
             return
         self._is_open = False
+        self._preemption.explain(error)
         self._witness.testify(error, self._preemption.received)  # first: whoever ends the others may kill this one soon
         atexit.unregister(self._finish_at_exit)
         self._preemption.close()

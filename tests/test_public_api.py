@@ -95,6 +95,7 @@ SIGNATURES = {
     "RunningAverage": "model, *, overlap_with=None",
     "ExponentialAverage": "model, decay=0.999, *, warmup=0, overlap_with=None",
     "recalibrate_batch_norm": "model, loader",
+    "ignore_stop_signals": "worker_id=0",
     "average_checkpoints": (
         "sources, output=None, *, best=None, epochs=(), key=None, ckpt_root_dir=None, device='cpu', overwrite=False, "
         "on_progress=None"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _MARGIN_S = 60.0
 _MARGIN_SHARE = 0.1  # of the time that was left at the beginning: short jobs keep most of it
+_LOST_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:  # noqa: ARG001  # what a DataLoader calls it with
+    """Let this child process outlast the signals that ask a training to stop: for `DataLoader(worker_init_fn=…)`.
+
+    torchrun and Slurm send them to every process. Workers that end with them take the training along before it can save.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Preemption:
@@ -43,6 +54,14 @@ class Preemption:
             return self.received
         left_s = self._job_end - time.time()
         return f"notice that the job's time ends in {left_s:.0f} s" if left_s < self._margin_s + 2 * save_s else None
+
+    def explain(self, error: BaseException | None) -> None:
+        """Add to an error what to do about it, where the signal ended the workers of a DataLoader."""
+        if error is not None and self.received is not None and _LOST_WORKER.search(str(error)):
+            error.add_note(
+                f"{self.received} went to the workers of the DataLoader as well, and the training ended with them; with "
+                f"DataLoader(worker_init_fn=runmgr.ignore_stop_signals) they outlast it until the training has saved"
+            )
 
     def close(self) -> None:
         """Put the handlers of before back."""

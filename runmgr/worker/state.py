@@ -140,20 +140,24 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     bare.load_state_dict(parts)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a full state into an optimizer, whose parameters may lie in shards."""
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], copies: OwnCopies) -> None:
+    """Load a full state, a file's pages, into an optimizer, whose parameters may lie in shards: then only these are copied."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     own = dict(zip(numbers, parameters, strict=False))  # load_state_dict says it better when they do not match
 
-    def shard(number: Any, entry: Any) -> Any:
-        like = own.get(number)
-        if not isinstance(entry, Mapping) or not is_sharded(like):
-            return entry
-        return {key: sharded_like(like, value) for key, value in entry.items()}
+    def part(like: Any, value: Any) -> Any:
+        found = sharded_like(like, value)
+        return found if is_sharded(found) else copies.copy(found)
 
-    parts = {number: shard(number, entry) for number, entry in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": parts})
+    def parts(number: Any, entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return copies.copy(entry)
+        return {key: part(own.get(number), value) for key, value in entry.items()}
+
+    rest = {key: value for key, value in state.items() if key != "state"}
+    found = {number: parts(number, entry) for number, entry in state["state"].items()}
+    optimizer.load_state_dict({**copies.copy(rest), "state": found})
 
 
 def sharded_like(own: Any, full: Any) -> Any:
@@ -234,10 +238,11 @@ def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -
         if getattr(owner, "keeps_copies", False):  # an average, which takes its rank's share of the file
             owner.load_state_dict(part)
             continue
-        part = copies.copy(part)
         if isinstance(owner, torch.optim.Optimizer):
-            load_optimizer_state(owner, part)
-        elif callable(getattr(owner, "load_state_dict", None)):
+            load_optimizer_state(owner, part, copies)
+            continue
+        part = copies.copy(part)
+        if callable(getattr(owner, "load_state_dict", None)):
             owner.load_state_dict(part)
         else:
             values[key] = part

@@ -118,10 +118,14 @@ class Slurm:
 class Job:
     """A batch job, its requeues included."""
 
-    def __init__(self, slurm: Slurm, number: int, output: Path) -> None:
+    def __init__(self, slurm: Slurm, number: int | str, output: Path) -> None:
         self.number = number
         self._slurm = slurm
         self._output = output
+
+    def task(self, index: int) -> Job:
+        """Return one task of an array; it prints where the others do."""
+        return Job(self._slurm, f"{self.number}_{index}", self._output)
 
     def printed(self) -> str:
         """Return what the job has printed so far."""

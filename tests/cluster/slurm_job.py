@@ -26,7 +26,7 @@ def say(*words):
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
-with runmgr.start_run("job") as run:
+with runmgr.start_run("job", tags=[f"job-{os.environ['SLURM_JOB_ID']}"]) as run:
     progress = run.restore({"steps": 0})
     say("start", run.run_id, run.attempt, progress.step, run.world_size, *sys.argv[2:])
     for step in range(progress.step + 1, steps + 1):

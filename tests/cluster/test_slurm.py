@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from hosts import hosts
+from pages import blocks
+from processes import REPOSITORY
 from slurm import CREDENTIALS_S, LAUNCH, Slurm
 
 pytestmark = [pytest.mark.needs(tool) for tool in ("root", "nsenter", "ip", "slurmctld", "slurmd", "munged", "setpriv")]
@@ -124,21 +126,49 @@ def test_the_warning_before_the_end_stops_a_training_whichever_way_slurm_sends_i
     assert len(runs(root)) == 2
 
 
+def script_of(page: str, slurm: Slurm, name: str, **changed: str) -> Path:
+    """Return the batch script that a page shows, with this training in place of the page's."""
+    (code,) = (code for code in blocks((REPOSITORY / page).read_text(), "bash") if f"# {name}.sbatch" in code)
+    everywhere = {
+        "source .venv/bin/activate\n": "",
+        "python": sys.executable,
+        "runmgr ls": f"{sys.executable} -m runmgr.cli ls",
+    }
+    for shown, meant in (everywhere | changed).items():
+        assert shown in code or shown in everywhere
+        code = code.replace(shown, meant)
+    path = slurm.folder / f"{name}.sbatch"
+    path.write_text(code)
+    return path
+
+
 def test_a_job_that_a_more_important_one_displaces_goes_on_afterwards(slurm, root):
-    """Slurm requeues such a job only while its script runs, so the script asks for it, as docs/slurm.md says."""
-    status = f"{sys.executable} -m runmgr.cli show job --json"
-    script = slurm.script(
-        "low",
-        f"bash {LAUNCH} --nproc-per-node=1 {JOB} {ENDLESS}\n"
-        f'if {status} | grep -q \'"status": "preempted"\'; then scontrol requeue $SLURM_JOB_ID; fi',
-    )
-    options = ("--nodes=2", "--ntasks-per-node=1", "--exclusive")
-    job = slurm.submit("low", "--requeue", *options, script)
+    """Slurm requeues such a job only while its script runs, so the script asks for it."""
+    changed = {"--gpus-per-node=8": "--exclusive", "train.py": f"--nproc-per-node=1 {JOB} {ENDLESS}", "sums": "job"}
+    script = script_of("docs/how-to/slurm.md", slurm, "train", **changed)
+    job = slurm.submit("low", script)
     job.wait_for("saved")
-    high = slurm.submit("high", "--partition=high", *options, slurm.script("high", "echo runs; sleep 2"))
+    high = slurm.submit(
+        "high", "--partition=high", "--nodes=2", "--exclusive", slurm.script("high", "echo runs; sleep 2")
+    )
     ((_, run_id, step),) = job.wait_for("stop")
     high.wait_for("runs")
     assert runs(root)[run_id]["status"] == "preempted"
     job.start_now()
     assert job.wait_for("start", 2)[1][:4] == ["start", run_id, "2", step]
     job.cancel()
+
+
+def test_a_task_of_an_array_goes_on_when_it_is_requeued(slurm, root):
+    changed = {"--array=0-3": "--array=0-1", "--gpus-per-node=1 ": "", "train.py --lr": f"{JOB} {ENDLESS}"}
+    array = slurm.submit("sweep", script_of("docs/how-to/sweeps.md", slurm, "sweep", **changed))
+    array.until(lambda: len({line[1] for line in array.lines("saved")}) == 2)
+    (of_task,) = (line[1] for line in array.lines("start") if line[5] == "0.01")
+    task = array.task(1)
+    task.requeue()
+    again = array.wait_for("start", 3)[2]
+    (stopped,) = array.lines("stop")
+    assert stopped[1] == of_task
+    assert again == ["start", of_task, "2", stopped[2], "1", "0.01"]
+    assert len(runs(root)) == 2
+    array.cancel()

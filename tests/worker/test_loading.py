@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +168,46 @@ def test_a_checkpoint_of_another_program_that_cannot_be_loaded_is_an_error_and_n
         torch.save({"x": _Foreign()}, run.run_dir / "ckpt_other.pth")
         with pytest.raises(CheckpointCorrupt, match=r"ckpt_other\.pth holds what torch\.load"):
             run.restore({"x": 0}, "ckpt_other.pth")
+
+
+def _restore_shards(_):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))  # 16 MiB each
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with runmgr.start_run("shards", resume="latest") as run:
+        before, greatest, is_done = _memory_bytes(), [0], threading.Event()
+
+        def watch():
+            while not is_done.wait(0.001):
+                greatest[0] = max(greatest[0], _memory_bytes() - before)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run.restore({"net": model, "optimizer": optimizer})
+        is_done.set()
+        watcher.join()
+    return greatest[0], sum(entry["exp_avg"].to_local().sum().item() for entry in optimizer.state.values())
+
+
+def _memory_bytes():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+def test_a_rank_that_restores_shards_holds_no_whole_state_at_any_moment():
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(4)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2048)).sum().backward()
+    optimizer.step()
+    with runmgr.start_run("shards") as run:
+        run.save({"net": model, "optimizer": optimizer}, epoch=1)
+    found = values(run_ranks(4, _restore_shards, store="group"))
+    whole = sum(entry["exp_avg"].sum().item() for entry in optimizer.state.values())
+    assert sum(part for _, part in found) == pytest.approx(whole, rel=1e-4)
+    mib = [most >> 20 for most, _ in found]
+    assert max(mib) < 96, (
+        mib
+    )  # its shards of both moments are 32, of the model 16; the moments alone are 128 when whole
