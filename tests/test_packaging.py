@@ -147,6 +147,12 @@ def test_it_runs_on_one_cpu_and_in_the_shell(installed, environ, tmp_path):
         assert shown in done.stdout
 
 
+def test_a_type_checker_knows_the_public_names_of_the_wheel(installed, tmp_path):
+    shutil.copy(REPOSITORY / "tests/typing/api.py", tmp_path)
+    options = ("--strict", "--config-file=", "--python-executable", str(installed / "python"))
+    _call(sys.executable, "-m", "mypy", *options, "api.py", cwd=tmp_path)
+
+
 def test_the_tests_pass_against_the_wheel(installed, environ, tmp_path):
     """pytest and what else only tests need is lent from here, behind what the wheel itself brought along."""
     for name in ("tests", "docs", "benchmarks", "scripts"):
