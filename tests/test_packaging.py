@@ -20,8 +20,15 @@ from processes import REPOSITORY, clean_environment
 pytestmark = pytest.mark.long
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 NAME = f"runmgr-{PROJECT['version']}"
-# Which tests are run against the wheel here; all of them by hand, see README.md
+# Some that take seconds: of the wheel, and of what its libraries are asked for
 QUICK = ("test_public_api.py", "test_imports.py", "test_surface.py", "test_cli.py", "disk/test_checkpoints.py")
+OF_LIBRARIES = (
+    "disk/test_lease.py",
+    "cli/test_terminal.py",
+    "test_surface.py",
+    "worker/test_system.py",
+    "disk/test_events.py",
+)
 
 
 def _call(*argv, cwd, **environ) -> str:
@@ -154,17 +161,32 @@ def test_a_type_checker_knows_the_public_names_of_the_wheel(installed, tmp_path)
 
 
 def test_the_tests_pass_against_the_wheel(installed, environ, tmp_path):
-    """pytest and what else only tests need is lent from here, behind what the wheel itself brought along."""
+    _tests(installed, environ, tmp_path, QUICK)
+
+
+def test_the_tests_pass_with_the_oldest_libraries_that_are_stated(built, environ, tmp_path):
+    """All but torch, whose oldest build on PyPI brings gigabytes of CUDA."""
+    _call(sys.executable, "-m", "venv", "--without-pip", "old", cwd=tmp_path)
+    stated = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["system"]]
+    oldest = [line.partition(";")[0].replace(">=", "==") for line in stated if not line.startswith("torch")]
+    wheel = str(built / f"{NAME}-py3-none-any.whl")
+    options = ("--python", str(tmp_path / "old/bin/python"), "install", "--no-compile", "--no-deps")
+    _pip(*options, wheel, *map(str.strip, oldest), cwd=tmp_path)
+    _tests(tmp_path / "old/bin", environ, tmp_path, OF_LIBRARIES)
+
+
+def _tests(bin_, environ, folder, names) -> None:
+    """Run tests where the source is not; pytest and what else is missing is lent from here, behind what is installed there."""
     for name in ("tests", "docs", "benchmarks", "scripts"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name)
+        shutil.copytree(REPOSITORY / name, folder / name)
     for name in ("pyproject.toml", "README.md", "CHANGELOG.md"):
-        shutil.copy(REPOSITORY / name, tmp_path / name)
-    (site,) = (installed.parent / "lib").glob("python*/site-packages")
+        shutil.copy(REPOSITORY / name, folder / name)
+    (site,) = (bin_.parent / "lib").glob("python*/site-packages")
     (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     try:
         done = subprocess.run(
-            [str(installed / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in QUICK)],
-            cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=280,
+            [str(bin_ / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)],
+            cwd=folder, env=environ, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
         assert " passed" in done.stdout
