@@ -115,18 +115,20 @@ __all__ = [  # sorted by a test, without the version
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # a type checker knows the names above, and no others
 
-        return version("runmgr")
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'runmgr' has no attribute {name!r}")
-    from importlib import import_module
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-    value = getattr(import_module(_HOME_OF[name]), name)
-    globals()[name] = value
-    return value
+            return version("runmgr")
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'runmgr' has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(_HOME_OF[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -69,6 +69,10 @@ def _skip_without(item) -> None:
     from importlib.util import find_spec
 
     for (tool,) in (marker.args for marker in item.iter_markers("needs")):
-        missing = os.geteuid() != 0 if tool == "root" else not (shutil.which(tool) or find_spec(tool))
+        missing = (
+            os.geteuid() != 0
+            if tool == "root"
+            else not (shutil.which(tool) or (tool.isidentifier() and find_spec(tool)))
+        )
         if missing and not os.environ.get("RUNMGR_NO_SKIPS"):
             item.add_marker(pytest.mark.skip(reason=f"needs {tool}"))

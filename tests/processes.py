@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 # What a start, an optimizer and a TensorBoard writer import when they need it: seconds, which no forked rank pays again.
 import torch._dynamo
 import torch.distributed as dist
-import torch.utils.serialization.config
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 from filelock import FileLock, SoftFileLease  # noqa: F401
+
+with contextlib.suppress(ModuleNotFoundError):  # before torch 2.7
+    import torch.utils.serialization.config  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

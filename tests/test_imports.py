@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, clean_environment
+from processes import clean_environment
 
-PACKAGE = REPOSITORY / "runmgr"
+import runmgr
+
+PACKAGE = Path(runmgr.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import itself and the rooms named here; `inside` only within a function, when a command asks for it.
@@ -62,12 +65,13 @@ def room(module: str) -> str:
 
 
 def module_of(path) -> str:
-    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def known(name: str) -> bool:
-    return (REPOSITORY / name.replace(".", "/")).is_dir() or (REPOSITORY / f"{name.replace('.', '/')}.py").exists()
+    place = PACKAGE.parent / name.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").exists()
 
 
 def imports_of(tree: ast.AST, package: str):

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
-from processes import REPOSITORY, clean_environment
+from processes import clean_environment
 
 import runmgr
 from runmgr.errors import RunError
@@ -26,7 +27,7 @@ PROMISED = {
 
 def names_for_type_checkers() -> dict[str, str]:
     """Return name → module from the `if TYPE_CHECKING:` block."""
-    tree = ast.parse((REPOSITORY / "runmgr" / "__init__.py").read_text())
+    tree = ast.parse(Path(runmgr.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     return {
         alias.asname or alias.name: node.module

@@ -24,7 +24,7 @@ from runmgr.worker import tee
 
 if TYPE_CHECKING:
     import logging
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 _STANDARD = (1, 2)
@@ -51,6 +51,7 @@ class Console:
         self._places: dict[int, tuple[int, int]] = {}  # descriptor → what it leads to while it is captured
         self._saved: dict[int, int] = {}
         self._undo: list[Callable[[], None]] = []
+        self._silent: int | None = None  # where what a notebook shows by itself goes into the file alone
         with ExitStack() as failing:
             failing.callback(self._channels.close)
             self._start()
@@ -95,6 +96,9 @@ class Console:
                 reading, writing = _channel(descriptors[0])
                 self._streams.append((self._closing(reading), descriptors[0]))
                 entrances.append((descriptors, _closing_in(only_now, writing)))
+            if _is_notebooks(sys.stdout) or _is_notebooks(sys.stderr):
+                reading, self._silent = map(self._closing, _pipe())
+                self._streams.insert(0, (reading, tee.NOWHERE))
             self._listen, self._tell = map(self._closing, os.pipe())
             answer, answering = os.pipe()
             self._answer = self._closing(answer)
@@ -127,27 +131,29 @@ class Console:
         if os.read(self._answer, 1):
             return
         self._logger.warning("the process that copies the console was killed; a thread does it from now on")
-        shown = [(reading, self._saved[descriptor]) for reading, descriptor in self._streams]
+        shown = [(reading, self._saved.get(target, tee.NOWHERE)) for reading, target in self._streams]
         tee_here = tee.Tee(str(self._path), shown, self._listen)
         tee_here.until_told()
         tee_here.close()
 
     def _buffer_lines(self) -> None:
         """Let Python and C hand over each line at once, as on a terminal: what lies in a buffer dies with the process."""
-        elsewhere = []
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             stream = getattr(sys, name)
-            if _number_of(stream) != descriptor:
-                elsewhere.append(f"sys.{name} ({type(stream).__name__})")
+            if self._silent is not None and _is_notebooks(stream):
+                copied = _Copied(stream, self._silent)
+                setattr(sys, name, copied)
+                self._undo.append(functools.partial(copied.end, name))
+            elif _number_of(stream) != descriptor:
+                self._logger.warning(
+                    "sys.%s (%s) does not lead to the descriptors that are captured, so what Python prints there is not in %s",
+                    name,
+                    type(stream).__name__,
+                    self._path.name,
+                )
             elif isinstance(stream, io.TextIOWrapper) and not stream.line_buffering:
                 stream.reconfigure(line_buffering=True)
                 self._undo.append(functools.partial(_buffer_blocks, stream))
-        if elsewhere:
-            self._logger.warning(
-                "%s does not lead to the descriptors that are captured, so what Python prints there is not in %s",
-                " and ".join(elsewhere),
-                self._path.name,
-            )
         with suppress(OSError, ValueError):  # no such name in this C library
             library, c_stdout = _c_stdout()
             library.setvbuf(c_stdout, None, _LINE_BUFFERED, 0)
@@ -162,6 +168,37 @@ class Console:
 
     def _closing(self, descriptor: int) -> int:
         return _closing_in(self._channels, descriptor)
+
+
+class _Copied:
+    """A notebook's `sys.stdout` or `sys.stderr`, which print over the network: what they are given goes into the file too."""
+
+    def __init__(self, stream: Any, descriptor: int) -> None:
+        self._stream = stream
+        self._descriptor: int | None = descriptor
+
+    def write(self, text: str) -> Any:
+        """Print, and copy."""
+        written = self._stream.write(text)
+        if self._descriptor is not None:
+            left = memoryview(text.encode(errors="backslashreplace"))
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        return written
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Print and copy each of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def end(self, name: str) -> None:
+        """Copy no more, and be `sys.<name>` no more."""
+        self._descriptor = None
+        if getattr(sys, name) is self:
+            setattr(sys, name, self._stream)
 
 
 class NoConsole:
@@ -195,14 +232,23 @@ def _channel(original: int) -> tuple[int, int]:
             tty.setraw(writing)
             tee.copy_window_size(original, reading)
             return reading, writing
+    return _pipe()
+
+
+def _pipe() -> tuple[int, int]:
     reading, writing = os.pipe()
     with suppress(OSError):  # this user has too many pipes: it stays at 64 KiB
         fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, tee.CAPACITY_BYTES)
     return reading, writing
 
 
+def _is_notebooks(stream: Any) -> bool:
+    ipykernel = sys.modules.get("ipykernel.iostream")
+    return ipykernel is not None and isinstance(stream, ipykernel.OutStream)
+
+
 def _number_of(stream: Any) -> int | None:
-    """Return the descriptor that a stream writes to; None for a notebook's, or where there is no stream."""
+    """Return the descriptor that a stream writes to; None where it has none, or where there is no stream."""
     try:
         return int(stream.fileno())
     except (AttributeError, OSError, ValueError):

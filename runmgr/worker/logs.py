@@ -214,13 +214,20 @@ class TensorBoard:
     def _tolerated(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            if not _is_the_disks(error):
+                raise
             self._writer, self._is_refused = None, True
             logging.getLogger(f"{LOGGER_NAME}.tensorboard").warning(
                 "TensorBoard's file in %s cannot be written: %s; scalars are lost until the next save",
                 self._log_dir,
                 error,
             )
+
+
+def _is_the_disks(error: Exception) -> bool:
+    """Where TensorFlow is installed tensorboard writes through it, and errors such as a full disk's are TensorFlow's own."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
 
 
 class NoTensorBoard:

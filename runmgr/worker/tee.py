@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CAPACITY_BYTES = 1 << 20  # of a pipe: the most that Linux gives to everybody
+NOWHERE = -1  # the target of a stream that somebody else shows
 _CHUNK_BYTES = 1 << 16
 _PAUSE_MS = 1  # a reader that always waits would be woken for each line, which the writer pays for
 _RESIZE_S = 1.0
@@ -34,7 +35,7 @@ class Tee:
     def __init__(self, path: str, streams: Iterable[tuple[int, int]], told: int) -> None:
         self._path = path
         self._streams = dict(streams)
-        self._gone: set[int] = set()
+        self._gone = {NOWHERE}
         self._told = told
         self._file: int | None = None
         self._missing_bytes = 0
@@ -73,7 +74,8 @@ class Tee:
         if time.monotonic() - self._resized > _RESIZE_S:
             self._resized = time.monotonic()
             for reading, target in self._streams.items():
-                copy_window_size(target, reading)
+                if target not in self._gone:
+                    copy_window_size(target, reading)
         return self._told in ready
 
     def _drain(self, reading: int) -> None:

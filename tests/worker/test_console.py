@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from processes import run, torchrun
+from kernels import kernel
+from processes import clean_environment, run, torchrun
 from worker.faults import fill, small_disk
 
 import runmgr
@@ -453,3 +454,35 @@ def test_python_streams_that_lead_elsewhere_are_named(root):
     assert consoles(root)[0].endswith("from C++\n")
     (log,) = root.glob("x/RUN_*/log_*.txt")
     assert "sys.stdout (StringIO) does not lead to the descriptors that are captured" in log.read_text()
+
+
+@pytest.mark.needs("ipykernel")
+def test_a_notebook_shows_once_what_it_prints_and_the_file_has_it_once(root, tmp_path):
+    with kernel(tmp_path, clean_environment()) as notebook:
+        told = notebook.run(
+            "import os, sys, runmgr\nrun = runmgr.start_run('x', capture_console=True)\nprint('from Python')\n"
+            "print('to stderr', file=sys.stderr)\nos.write(1, b'from C++\\n')\nos.system('echo from a child');"
+        )
+        told += notebook.run("!echo from a shell") + notebook.run("print('unfinished', end=''); run.finish()")
+        shown = notebook.run("print('after the run'); sys.stdout")
+        with_second = notebook.run("with runmgr.start_run('y', capture_console=True):\n    print('of y')\n    1 / 0")
+    printed, under_it = ["from Python", "to stderr", "from a shell", "unfinished"], ["from C++", "from a child"]
+    assert [told.count(line) for line in printed] == [1] * len(printed)
+    x, y = (next(root.glob(f"{name}/RUN_*/console_*.txt")).read_text() for name in "xy")
+    assert sorted(x.replace("\r", "").splitlines()) == sorted(printed + under_it)
+    assert "OutStream" in shown
+    assert "of y" in with_second
+    assert y.startswith("of y\nTraceback (most recent call last):\n")
+    assert y.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.long
+@pytest.mark.needs("ipykernel")
+def test_what_a_killed_kernel_printed_is_in_the_file(root, tmp_path):
+    with kernel(tmp_path, clean_environment()) as notebook:
+        notebook.run("import runmgr\nrun = runmgr.start_run('x', capture_console=True)\nprint('last words')")
+        notebook.restart(now=True)  # SIGKILL
+        deadline = time.monotonic() + 10
+        while consoles(root) != {0: "last words\n"}:
+            assert time.monotonic() < deadline, consoles(root)
+            time.sleep(0.01)

@@ -40,3 +40,21 @@ def test_a_run_without_a_configuration_or_metrics_says_nothing_of_them(root):
     assert "configuration" not in text
     assert re.search(r"saved ckpt_latest\.pth: step 3, \d\.\d s of training; 0\.0 MB in", text)
     assert re.search(r"saved average_model\.pth: 0\.0 MB in", text)
+
+
+def test_a_disk_that_refuses_through_tensorflow_costs_scalars_only(root, monkeypatch):
+    class ResourceExhaustedError(Exception):
+        __module__ = "tensorflow.python.framework.errors_impl"
+
+    def refuse(*_, **__):
+        raise ResourceExhaustedError("No space left on device")
+
+    with runmgr.start_run("x") as run:
+        with pytest.raises(TypeError):
+            run.tensorboard.add_scalar()
+        writer = run.tensorboard.writer
+        monkeypatch.setattr(writer._get_file_writer().event_writer, "add_event", refuse)
+        run.log_scalars({"loss": 1.0}, step=2)
+        writer.close()
+    text = next(run.run_dir.glob("log_*.txt")).read_text()
+    assert "cannot be written: No space left on device; scalars are lost until the next save" in text
