@@ -325,7 +325,11 @@ class Run:
         self._agreement.agree(f"end the saves in {self.run_dir}", decide)
 
     def finish(self) -> None:
-        """End the run as completed (or preempted, after should_stop() said True). Any rank, not collective."""
+        """End the run as completed (or preempted, after should_stop() said True). Any rank, not collective.
+
+        Without it and without `with`, the exit of the interpreter ends the run, as failed after an uncaught error. A notebook
+        or another interactive session that ends leaves it as interrupted.
+        """
         self._finish(self._status_after(None), None)
 
     def _reason_to_stop(self) -> str | None:
@@ -359,9 +363,14 @@ class Run:
         return "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
 
     def _finish_at_exit(self) -> None:
-        kind = getattr(sys, "last_type", None)
-        if os.getpid() == self._pid:
-            self._finish(self._status_after(kind), getattr(sys, "last_value", None))
+        if os.getpid() != self._pid:
+            return
+        if hasattr(
+            sys, "ps1"
+        ):  # an interactive session: its last error may be any cell's, and nobody has called finish()
+            self._finish(self._status_after(KeyboardInterrupt), None)
+        else:
+            self._finish(self._status_after(getattr(sys, "last_type", None)), getattr(sys, "last_value", None))
 
     def _end_saves(self, error: BaseException | None) -> None:
         """Wait for the save in flight; its failure must not hide the training's own error."""

@@ -491,6 +491,25 @@ def test_the_root_comes_from_the_argument_then_the_environment_then_the_scripts_
     assert roots == [tmp_path / "given", tmp_path / "said", tmp_path / "project" / "checkpoints"]
 
 
+def test_a_script_that_has_left_its_directory_is_still_of_its_project_and_commit(tmp_path):
+    """As Hydra leaves it with `hydra.job.chdir=True`."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, runmgr\nos.chdir('/')\nwith runmgr.start_run('x') as run: print(run.run_dir)\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b", "-C", str(tmp_path)]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *arguments], check=True)
+    script.write_text(script.read_text() + "# more\n")
+    environ = clean_environment()
+    environ.pop("RUNMGR_CKPT_ROOT_DIR")
+    done = subprocess.run([sys.executable, "script.py"], env=environ, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run_dir = Path(done.stdout.strip())
+    assert run_dir.parent.parent == tmp_path / "checkpoints"
+    found = json.loads((run_dir / "run.json").read_text())["git"]
+    assert found["dirty"]
+    assert "+# more" in found["diff"]
+
+
 # -------------------------------------------------------------------------------- one error on every rank, in time
 
 

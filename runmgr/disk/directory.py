@@ -71,17 +71,24 @@ def default_root(start: Path | None = None) -> Path:
     """Return `$RUNMGR_CKPT_ROOT_DIR`, else `checkpoints/` in the project that holds the launched script (or `start`).
 
     A project is the nearest directory upwards with .git, pyproject.toml, requirements.txt, .env, venv or setup.py;
-    without one it is the working directory. Nothing is created.
+    without one it is the working directory. In a notebook it is the project of the working directory. Nothing is created.
     """
     if given := os.environ.get(ROOT_VARIABLE):
         return Path(given).expanduser().absolute()
-    if start is None:
-        script = Path(sys.argv[0]) if sys.argv and sys.argv[0] not in {"", "-c", "-m"} else Path.cwd() / "script"
-        start = script.resolve().parent
+    start = start or launched_from()
     for directory in (start, *start.parents):
         if any((directory / mark).exists() for mark in _PROJECT_MARKS):
             return directory / "checkpoints"
     return Path.cwd() / "checkpoints"
+
+
+def launched_from() -> Path:
+    """Return the directory of the launched script; without one (a notebook, `python -c`) the working directory."""
+    given = Path(sys.argv[0] if sys.argv else "")
+    main = getattr(sys.modules["__main__"], "__file__", None)  # absolute: the script may have left its directory
+    if main is None:  # in a notebook sys.argv names the kernel's launcher, somewhere in site-packages
+        return Path.cwd()
+    return (Path(main) if Path(main).name == given.name else given).resolve().parent
 
 
 def resolve_root(ckpt_root_dir: str | os.PathLike[str] | None) -> Path:

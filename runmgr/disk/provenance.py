@@ -19,6 +19,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
+from runmgr.disk import directory
+
 MASK = "********"
 _SECRET = re.compile(
     r"(?:^|_)(?:api_?keys?|access_?keys?|secrets?|token|passw(?:or)?ds?|passphrase|credentials?|auth|cookies?|"
@@ -135,13 +137,13 @@ def collect() -> dict[str, Any]:
         "user": user,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git": git(Path(sys.argv[0]).resolve().parent if sys.argv and sys.argv[0] not in {"", "-c"} else Path.cwd()),
+        "git": git(directory.launched_from()),
         "packages": packages(),
         "environment": environment,
     }
 
 
-def git(directory: Path) -> dict[str, Any] | None:
+def git(folder: Path) -> dict[str, Any] | None:
     """Return commit, branch, dirty flag and the difference to the commit (its first 16 KiB); None outside a repository."""
 
     def ask(*arguments: str) -> bytes | None:
@@ -150,7 +152,7 @@ def git(directory: Path) -> dict[str, Any] | None:
         try:
             done = subprocess.run(  # noqa: S603  # a fixed command
                 command,
-                cwd=directory,
+                cwd=folder,
                 env=environment,
                 capture_output=True,
                 timeout=_GIT_TIMEOUT_S,
