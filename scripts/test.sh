@@ -4,6 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 extra=test modules=(torch tensorboard filelock rich plotille shtab psutil pynvml sklearn tqdm sphinx myst_parser furo pytest pytest_timeout xdist hypothesis hydra ipykernel ruff mypy)
 if [ -n "${RUNMGR_BROWSER:-}" ]; then extra=browser modules+=(playwright); fi # tests/browser, which the plain tests skip
+if [ -n "${RUNMGR_WANDB:-}" ]; then extra+=,wandb modules+=(wandb); fi          # docs/how-to/wandb.md, likewise
 setup "$extra" "${modules[@]}"
 cd "$repository"
 "$python" -m ruff check .

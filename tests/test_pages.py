@@ -7,13 +7,19 @@ from pages import DOCUMENTS, agrees, blocks, follow, project
 from processes import REPOSITORY
 
 QUICK = ("docs/averages.md", "docs/cli.md", "docs/logs.md")
+NEEDED = {"docs/how-to/backups.md": "rsync", "docs/how-to/wandb.md": "wandb"}
 PAGES = [page for page in DOCUMENTS if blocks(page.read_text(), "console") and page.name != "README.md"]  # test_docs.py
 
 
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, id=name, marks=() if name in QUICK else pytest.mark.long)
+        pytest.param(
+            page,
+            id=name,
+            marks=[pytest.mark.long] * (name not in QUICK)
+            + [pytest.mark.needs(tool) for page_name, tool in NEEDED.items() if page_name == name],
+        )
         for page in PAGES
         for name in (page.relative_to(REPOSITORY).as_posix(),)
     ],
