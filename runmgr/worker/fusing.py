@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from runmgr.worker.sharding import Piece
 
 _logger = logging.getLogger("runmgr.average")
-# What is worked on at a time stays in a core's cache, and is what torch gives to one thread; on a GPU, in the device's cache.
-_BLOCK_BYTES = {"cpu": 256 << 10, "cuda": 32 << 20}
+# What is worked on at a time stays in the processor's cache, and is enough for all of torch's threads; on a GPU, in the device's.
+_BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 
 
 def _block_bytes(place: str) -> int:
@@ -33,6 +33,7 @@ class Pairing:
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         self._alike: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._blocks: list[_Block] = []
+        self._memory: dict[_Kind, Tensor] = {}
         blocks: dict[_Kind, _Block] = {}
         for target, source in zip(targets, sources, strict=True):
             kind = _Kind(target.device, target.dtype, source.device)
@@ -54,11 +55,10 @@ class Pairing:
         """Change the targets by the sources, converted first where their dtype is another."""
         if self._alike[0]:
             change(*self._alike)
-        memory: dict[_Kind, Tensor] = {}
         for block in self._blocks:
-            if block.kind not in memory:  # the first block of its kind is the fullest
-                memory[block.kind] = block.scratch()
-            converted = list(torch.split(memory[block.kind][: sum(block.lengths)], block.lengths))
+            if block.kind not in self._memory:  # the first block of its kind is the fullest
+                self._memory[block.kind] = block.scratch()
+            converted = list(torch.split(self._memory[block.kind][: sum(block.lengths)], block.lengths))
             torch._foreach_copy_(converted, block.sources)
             change(block.targets, converted)
 

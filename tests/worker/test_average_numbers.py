@@ -152,3 +152,22 @@ def test_a_device_without_room_leaves_the_average_in_host_memory_with_the_same_b
     assert refused
     assert "no room for" in caplog.text
     assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("make", [RunningAverage, ExponentialAverage, lambda model: BestAverage(model, k=2)])
+def test_how_much_is_worked_on_at_a_time_changes_no_bit(make, monkeypatch):
+    found = []
+    for block_bytes in (2 << 20, 80):  # all at once, and ten float64 at a time, across the tensors' edges
+        monkeypatch.setattr(fusing, "_BLOCK_BYTES", {"cpu": block_bytes})
+        model = nn.ParameterDict(
+            {str(size): nn.Parameter(torch.zeros(size, dtype=torch.float16)) for size in (1, 23, 7, 0, 40)}
+        )
+        average = make(model)
+        for number in range(4):
+            with torch.no_grad():
+                for parameter in model.values():
+                    parameter.copy_(torch.linspace(-number, number + 0.3, len(parameter)))
+            average.update(*[float(number)] * isinstance(average, BestAverage))
+            average.averaged_state_dict()
+        found.append(average.averaged_state_dict())
+    assert_same_bits(*found)
