@@ -222,7 +222,7 @@ class Agreement:
                     values = [own, *(answer["value"] for answer in answers)]
                     result, failure = self._attempt(what, lambda: decide(values))
         except RankTimeout as error:
-            failure = error
+            failure = failure or error  # what failed here may be what the others wait for
         except (KeyboardInterrupt, SystemExit) as error:
             interrupt = error
             failure = RankFailed(

@@ -234,7 +234,7 @@ class Accumulated(Average):
 
     def gathered(self, *, keep: bool) -> dict[str, Any]:
         """Return `state_dict` on the ranks that `keep`, on the CPU. Every rank, once all have said that they can."""
-        found = self._whole(of_parts(self.parts()), self._source.dtypes, keep=keep)
+        found = self._whole(of_parts(self.parts()), self._source.dtypes, keep=keep) if self._parts else {}
         others = map_tensors(self._others, lambda tensor: tensor.cpu())
         return {"count": self.count, self._name: found, "others": others}
 

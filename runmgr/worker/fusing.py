@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runmgr.worker.sharding import Piece
 
 _logger = logging.getLogger("runmgr.average")
-# What is worked on at a time stays in the processor's cache, and is enough for all of torch's threads; on a GPU, in the device's.
+# What is worked on at a time stays in the processor's cache, and gives all of torch's threads work; on a GPU, in the device's.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
 
 

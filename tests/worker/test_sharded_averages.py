@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -130,7 +131,8 @@ def layers(wide, *, sharded):
 
 
 def resident_bytes():
-    """The memory of this process that is no file's, as the kernel counts it."""
+    """The memory of this process that is no file's, as the kernel counts it, without what malloc keeps from before."""
+    ctypes.CDLL(None).malloc_trim(0)
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) << 10
 
@@ -266,6 +268,29 @@ def test_a_sharded_model_is_averaged_in_its_shards_to_the_bits_of_a_whole_one(ki
     for _, result, applied, saved in found:
         for one in (result, applied, saved):
             assert_same_bits(one, expected)
+
+
+def save_before_the_first_update(rank, kind):
+    found = {}
+    with runmgr.start_run("early", timeout_s=20) as run:
+        for name in ("saved", "restored"):
+            model = Mixed()
+            average = KINDS[kind](model)
+            state = {"net": model, "average": average} | ({"faded": average.faded} if hasattr(average, "faded") else {})
+            state = {key: value for key, value in state.items() if value is not None}
+            run.restore(state)
+            if name == "saved":
+                run.save(state, epoch=1)
+            shake(model, 0, rank)
+            update(average, 1.0)
+            found[name] = copied(average.averaged_state_dict())
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_is_saved_and_restored_before_its_first_update(kind):
+    for found in values(run_ranks(2, save_before_the_first_update, kind, store="group")):
+        assert_same_bits(found["saved"], found["restored"])
 
 
 def test_ranks_that_updated_unequally_often_get_an_error_that_says_so():
