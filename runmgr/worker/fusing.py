@@ -33,7 +33,6 @@ class Pairing:
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         self._alike: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._blocks: list[_Block] = []
-        self._memory: dict[_Kind, Tensor] = {}
         blocks: dict[_Kind, _Block] = {}
         for target, source in zip(targets, sources, strict=True):
             kind = _Kind(target.device, target.dtype, source.device)
@@ -55,10 +54,11 @@ class Pairing:
         """Change the targets by the sources, converted first where their dtype is another."""
         if self._alike[0]:
             change(*self._alike)
+        memory: dict[_Kind, Tensor] = {}
         for block in self._blocks:
-            if block.kind not in self._memory:  # the first block of its kind is the fullest
-                self._memory[block.kind] = block.scratch()
-            converted = list(torch.split(self._memory[block.kind][: sum(block.lengths)], block.lengths))
+            if block.kind not in memory:  # the first block of its kind is the fullest
+                memory[block.kind] = block.scratch()
+            converted = list(torch.split(memory[block.kind][: sum(block.lengths)], block.lengths))
             torch._foreach_copy_(converted, block.sources)
             change(block.targets, converted)
 
