@@ -79,7 +79,8 @@ def _host(host: Any) -> str:
 
 
 def _commit(git: dict[str, Any]) -> str:
-    return str(git.get("commit") or "")[:12] + (" (with uncommitted changes)" if git.get("dirty") else "")
+    commit = str(git.get("commit") or "")[:12]
+    return f"{commit or 'no commit'} (with uncommitted changes)" if git.get("dirty") else commit
 
 
 def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -93,8 +94,8 @@ def _failure_rows(run: catalog.RunInfo, failure: dict[str, Any] | None) -> list[
 def _checkpoint(summary: dict[str, Any] | None) -> str:
     if not summary:
         return ""
-    metrics = ", ".join(f"{name} {value}" for name, value in mapping(summary.get("metrics")).items())
-    return f"epoch {summary.get('epoch')}, step {summary.get('step')}{', ' + metrics if metrics else ''}"
+    shown = {"epoch": summary.get("epoch"), "step": summary.get("step"), **mapping(summary.get("metrics"))}
+    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
 
 
 def _files(path: Path) -> list[str]:

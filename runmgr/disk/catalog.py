@@ -174,7 +174,8 @@ def get_run(
     experiment = find_experiment(experiment_name, ckpt_root_dir)
     chosen = run_id if run_id is not None else get_latest_run_id(experiment_name, ckpt_root_dir)
     if chosen is None:
-        raise RunNotFound(f"no run of {experiment.path} has a {LATEST_NAME}", path=str(experiment.path))
+        hint = f"{experiment_name}@-1 means its newest, with or without one"
+        raise RunNotFound(f"no run of {experiment.path} has a {LATEST_NAME}; {hint}", path=str(experiment.path))
     directory.check_name(chosen, "run id")
     for run in look(experiment, [chosen]):
         return run

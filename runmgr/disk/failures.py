@@ -149,6 +149,8 @@ def error_line(report: dict[str, Any]) -> str:
 
 def sentence(found: dict[str, Any]) -> str:
     """Say in one line which rank failed first, and of what."""
+    if found.get("rank") is None and found.get("report") is None:
+        return str(found.get("error"))  # that of an attempt of which nothing is left
     who = "no rank is known to have failed first" if found.get("rank") is None else f"rank {found['rank']}"
     host = f" on {found['host']}" if found.get("host") else ""
     return f"{who}{host}: {found.get('error')}"

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from runmgr.disk import directory
 from runmgr.worker import introduction
@@ -69,6 +70,12 @@ class _LogFile(logging.FileHandler):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._written: WeakSet[logging.LogRecord] = WeakSet()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record not in self._written:  # runmgr's own come twice where the root logger has this handler as well
+            self._written.add(record)
+            super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)

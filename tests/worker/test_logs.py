@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
@@ -58,3 +59,14 @@ def test_a_disk_that_refuses_through_tensorflow_costs_scalars_only(root, monkeyp
         writer.close()
     text = next(run.run_dir.glob("log_*.txt")).read_text()
     assert "cannot be written: No space left on device; scalars are lost until the next save" in text
+
+
+def test_the_root_logger_may_have_the_handler_too_and_each_record_is_written_once(root):
+    own = logging.getLogger("mine")
+    with runmgr.start_run("x") as run:
+        logging.getLogger().addHandler(run.log_handler)
+        run.logger.info("from the run")
+        own.warning("from elsewhere")
+        own.warning("from elsewhere")
+    text = next(run.run_dir.glob("log_*.txt")).read_text()
+    assert [text.count(said) for said in ("from the run", "from elsewhere", "completed")] == [1, 2, 1]
