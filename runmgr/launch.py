@@ -121,7 +121,7 @@ def _rendezvous(environ: Mapping[str, str]) -> list[str]:
     if tasks != nodes:
         raise InvalidInput(
             f"this step has {tasks} tasks on {nodes} nodes, but torchrun itself starts the processes of a node; use "
-            f"srun --ntasks-per-node=1, or call launch.sh without srun"
+            f"srun --ntasks-per-node=1, or start it without srun"
         )
     if nodes == 1:
         return ["--standalone"]

@@ -84,7 +84,7 @@ def _prune(given: argparse.Namespace) -> int:
         tables.print_json(told | {"removed": [item.run.run_id for item in done.removed], "errors": errors})
     else:
         print(
-            f"{len(done.removed)} runs are in the trash; `runmgr restore` brings them back, "
+            f"{len(done.removed)} runs are in the trash; `runmgr restore RUN_…` brings one back, "
             f"`runmgr purge {given.experiment} --yes` frees their bytes"
         )
     return 1 if done.failed else 0

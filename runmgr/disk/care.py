@@ -102,7 +102,10 @@ def trashed(run: str, ckpt_root_dir: _Path | None = None) -> tuple[Experiment, s
         raise RunNotFound(
             f"the trash of {experiment.path} holds no run {run_id!r}{near}", path=str(experiment.trash_path)
         )
-    raise RunNotFound(f"no experiment in {root} has a run {run_id} in its trash", path=str(root))
+    raise RunNotFound(
+        f"no experiment in {root} has a run {run_id} in its trash; `runmgr purge EXPERIMENT` lists what is there",
+        path=str(root),
+    )
 
 
 def _found(run: _Path, ckpt_root_dir: _Path | None) -> RunDirectory:
