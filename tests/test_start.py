@@ -510,6 +510,22 @@ def test_a_script_that_has_left_its_directory_is_still_of_its_project_and_commit
     assert "+# more" in found["diff"]
 
 
+def test_the_runs_of_an_installed_module_lie_in_the_project_that_it_is_started_in(tmp_path):
+    installed = tmp_path / "venv" / "site-packages"
+    for directory in (installed, tmp_path / "project"):
+        directory.mkdir(parents=True)
+        (directory.parent / "pyproject.toml").touch()
+    (installed / "job.py").write_text("from runmgr.disk.directory import default_root\nprint(default_root())\n")
+    (tmp_path / "project" / "setup.py").touch()
+    environ = clean_environment()
+    environ.pop("RUNMGR_CKPT_ROOT_DIR")
+    environ["PYTHONPATH"] = f"{installed}:{environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-m", "job"], env=environ, cwd=tmp_path / "project", capture_output=True, text=True
+    )
+    assert done.stdout == f"{tmp_path / 'project' / 'checkpoints'}\n", done.stderr
+
+
 # -------------------------------------------------------------------------------- one error on every rank, in time
 
 

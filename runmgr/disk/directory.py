@@ -71,7 +71,8 @@ def default_root(start: Path | None = None) -> Path:
     """Return `$RUNMGR_CKPT_ROOT_DIR`, else `checkpoints/` in the project that holds the launched script (or `start`).
 
     A project is the nearest directory upwards with .git, pyproject.toml, requirements.txt, .env, venv or setup.py;
-    without one it is the working directory. In a notebook it is the project of the working directory. Nothing is created.
+    without one it is the working directory. In a notebook, and for an installed module, it is the project of the working
+    directory. Nothing is created.
     """
     if given := os.environ.get(ROOT_VARIABLE):
         return Path(given).expanduser().absolute()
@@ -83,12 +84,16 @@ def default_root(start: Path | None = None) -> Path:
 
 
 def launched_from() -> Path:
-    """Return the directory of the launched script; without one (a notebook, `python -c`) the working directory."""
+    """Return the directory of the launched script.
+
+    Without one (a notebook, `python -c`), and for an installed module (`python -m`), it is the working directory.
+    """
     given = Path(sys.argv[0] if sys.argv else "")
     main = getattr(sys.modules["__main__"], "__file__", None)  # absolute: the script may have left its directory
     if main is None:  # in a notebook sys.argv names the kernel's launcher, somewhere in site-packages
         return Path.cwd()
-    return (Path(main) if Path(main).name == given.name else given).resolve().parent
+    found = (Path(main) if Path(main).name == given.name else given).resolve().parent
+    return Path.cwd() if {"site-packages", "dist-packages"} & set(found.parts) else found
 
 
 def resolve_root(ckpt_root_dir: str | os.PathLike[str] | None) -> Path:

@@ -82,7 +82,12 @@ def files(given: Sequence[str | os.PathLike[str]]) -> list[Member]:
         path = Path(name).expanduser().absolute()
         if not path.is_file():
             hint = "; of a run say which: --best 10 or --epochs 10,15 (best=10, epochs=[10, 15])"
-            raise CheckpointNotFound(f"{name} is no checkpoint file{hint}", path=str(path))
+            what = (
+                f"{name} is no checkpoint file{hint}"
+                if "/" not in str(name) or path.exists()
+                else f"there is no {path}"
+            )
+            raise CheckpointNotFound(what, path=str(path))
         found.append(Member(path))
     return found
 
