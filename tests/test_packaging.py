@@ -23,9 +23,9 @@ NAME = f"runmgr-{PROJECT['version']}"
 # Some that take seconds: of the wheel, and of what its libraries are asked for
 QUICK = ("test_public_api.py", "test_imports.py", "test_surface.py", "test_cli.py", "disk/test_checkpoints.py")
 OF_LIBRARIES = (
-    "worker/test_system.py",
     "disk/test_events.py",
     "disk/test_lease.py",
+    "worker/test_system.py",
     "cli/test_terminal.py",
     "test_surface.py",
 )
