@@ -59,11 +59,12 @@ if TYPE_CHECKING:
         RunProtected,
         Superseded,
     )
-    from runmgr.run import Progress, Run
+    from runmgr.run import Run
     from runmgr.start import start_run
     from runmgr.worker.averaging import ExponentialAverage, RunningAverage
     from runmgr.worker.batchnorm import recalibrate_batch_norm
     from runmgr.worker.best import BestAverage
+    from runmgr.worker.loading import Progress
     from runmgr.worker.preemption import ignore_stop_signals
     from runmgr.worker.saving import SaveHandle
     from runmgr.worker.soup import average_checkpoints
@@ -91,11 +92,12 @@ _HOMES = {
         "AgreementError", "CheckpointCorrupt", "CheckpointNotFound", "InvalidInput", "InvalidName", "NotShared",
         "RankFailed", "RankTimeout", "RunBusy", "RunError", "RunNotFound", "RunProtected", "Superseded",
     ),
-    "runmgr.run": ("Progress", "Run"),
+    "runmgr.run": ("Run",),
     "runmgr.start": ("start_run",),
     "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
     "runmgr.worker.batchnorm": ("recalibrate_batch_norm",),
     "runmgr.worker.best": ("BestAverage",),
+    "runmgr.worker.loading": ("Progress",),
     "runmgr.worker.preemption": ("ignore_stop_signals",),
     "runmgr.worker.saving": ("SaveHandle",),
     "runmgr.worker.soup": ("average_checkpoints",),

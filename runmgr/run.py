@@ -27,21 +27,8 @@ if TYPE_CHECKING:
     from runmgr.disk.shelf import Shelf
     from runmgr.worker.agreement import Agreement
     from runmgr.worker.averaging import Average
+    from runmgr.worker.loading import Progress
     from runmgr.worker.saving import SaveErrorPolicy
-
-
-class Progress(NamedTuple):
-    """How far a training has come: `epoch` finished epochs, `step` finished steps, and what was saved with them.
-
-    `values` holds the plain values of the state by their keys; `checkpoint` is the file that was loaded, None when
-    the run is fresh.
-    """
-
-    epoch: int
-    step: int
-    metrics: dict[str, float]
-    values: dict[str, Any]
-    checkpoint: Path | None
 
 
 class Writer(NamedTuple):
@@ -222,7 +209,7 @@ class Run:
                 self.tensorboard.resume_after(-1)
             self._must_restore = False
             self._prepare_saves(state)
-            return Progress(0, 0, {}, {}, None)
+            return loading.progress({}, None)
         path, renamed = chosen.path, chosen.renamed
         loaded: dict[str, Any] = {}
 
@@ -241,13 +228,7 @@ class Run:
         self._must_restore = False
         self._step = loaded.get("step") or 0
         self._prepare_saves(state)
-        progress = Progress(
-            loaded.get("epoch") or 0,
-            loaded.get("step") or 0,
-            loaded.get("metrics") or {},
-            loaded["values"],
-            path,
-        )
+        progress = loading.progress(loaded, path)
         if shelf is not None:
             logged = shelf.logged_by(path)
             if (last := loaded.get("step") if logged is None else logged) is not None:
@@ -365,9 +346,7 @@ class Run:
     def _finish_at_exit(self) -> None:
         if os.getpid() != self._pid:
             return
-        if hasattr(
-            sys, "ps1"
-        ):  # an interactive session: its last error may be any cell's, and nobody has called finish()
+        if hasattr(sys, "ps1"):  # interactive: its last error may be any cell's, and nobody has called finish()
             self._finish(self._status_after(KeyboardInterrupt), None)
         else:
             self._finish(self._status_after(getattr(sys, "last_type", None)), getattr(sys, "last_value", None))

@@ -8,29 +8,18 @@ from __future__ import annotations
 import os
 import signal
 
+from logged_digits import after_each_step
+
 import runmgr
 from runmgr.examples import digits
 
 
 def die_at(moment: str, number: int, rank: int) -> None:
-    step = 0
-    restore, should_stop, save = runmgr.Run.restore, runmgr.Run.should_stop, runmgr.Run.save
+    save = runmgr.Run.save
 
     def now(run, passed, count):
         if (passed, count, run.rank) == (moment, number, rank):
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def restore_and_note(run, state):
-        nonlocal step
-        progress = restore(run, state)
-        step = progress.step
-        return progress
-
-    def ask_and_count(run):
-        nonlocal step
-        step += 1
-        now(run, "step", step)
-        return should_stop(run)
 
     def save_between(run, state, *, epoch, **more):
         now(run, "updated", epoch)
@@ -38,7 +27,8 @@ def die_at(moment: str, number: int, rank: int) -> None:
         now(run, "saved", epoch)
         return handle
 
-    runmgr.Run.restore, runmgr.Run.should_stop, runmgr.Run.save = restore_and_note, ask_and_count, save_between
+    after_each_step(lambda run, step: now(run, "step", step))
+    runmgr.Run.save = save_between
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import runmgr
 from runmgr.examples import digits
 
 
-def log_every_step() -> None:
+def after_each_step(act) -> None:
+    """Call `act(run, step)` where the demo asks whether to stop."""
     step = 0
     restore, should_stop = runmgr.Run.restore, runmgr.Run.should_stop
 
@@ -20,14 +21,18 @@ def log_every_step() -> None:
         step = progress.step
         return progress
 
-    def log_and_ask(run):
+    def act_and_ask(run):
         nonlocal step
         step += 1
-        run.log_scalars({"step": step}, step=step)
-        run.tensorboard.flush()
+        act(run, step)
         return should_stop(run)
 
-    runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, log_and_ask
+    runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, act_and_ask
+
+
+def log(run, step) -> None:
+    run.log_scalars({"step": step}, step=step)
+    run.tensorboard.flush()
 
 
 def forget_dead_ranks() -> None:
@@ -43,6 +48,6 @@ def forget_dead_ranks() -> None:
 
 
 if __name__ == "__main__":
-    log_every_step()
+    after_each_step(log)
     forget_dead_ranks()
     digits.main()

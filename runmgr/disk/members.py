@@ -80,14 +80,11 @@ def files(given: Sequence[str | os.PathLike[str]]) -> list[Member]:
     found = []
     for name in given:
         path = Path(name).expanduser().absolute()
+        if "/" in str(name) and not path.exists():
+            raise CheckpointNotFound(f"there is no {path}", path=str(path))
         if not path.is_file():
             hint = "; of a run say which: --best 10 or --epochs 10,15 (best=10, epochs=[10, 15])"
-            what = (
-                f"{name} is no checkpoint file{hint}"
-                if "/" not in str(name) or path.exists()
-                else f"there is no {path}"
-            )
-            raise CheckpointNotFound(what, path=str(path))
+            raise CheckpointNotFound(f"{name} is no checkpoint file{hint}", path=str(path))
         found.append(Member(path))
     return found
 

@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 _REFUSAL = re.compile(r"WeightsUnpickler error:\s*(.+?)(?= Please use |\n|$)")
 
 
+class Progress(NamedTuple):
+    """How far a training has come: `epoch` finished epochs, `step` finished steps, and what was saved with them.
+
+    `values` holds the plain values of the state by their keys; `checkpoint` is the file that was loaded, None when
+    the run is fresh.
+    """
+
+    epoch: int
+    step: int
+    metrics: dict[str, float]
+    values: dict[str, Any]
+    checkpoint: Path | None
+
+
 class Chosen(NamedTuple):
     """The loaded file, as the log calls it; `renamed` translates members of averages after a fork."""
 
@@ -194,3 +208,9 @@ def _is_ours(key: str, value: object) -> bool:
 
 def _told(error: Exception, agreement: Agreement) -> str:
     return f"{error} (read on {agreement.ranks.host})" if agreement.ranks.world_size > 1 else str(error)
+
+
+def progress(content: Mapping[str, Any], path: Path | None) -> Progress:
+    """Return how far the training had come that a checkpoint is of; an empty one is of a fresh run."""
+    counts = content.get("epoch") or 0, content.get("step") or 0
+    return Progress(*counts, content.get("metrics") or {}, content.get("values", {}), path)

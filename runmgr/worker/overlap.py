@@ -40,9 +40,8 @@ class Overlap:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if not getattr(
-            getattr(type(optimizer), "step", None), "hooked", False
-        ):  # torch's mark of a step that calls hooks
+        step = getattr(type(optimizer), "step", None)
+        if not getattr(step, "hooked", False):  # torch's mark of a step that calls hooks
             raise InvalidInput(
                 f"overlap_with must be the torch.optim.Optimizer that changes the model's parameters, whose step waits for the "
                 f"update, not a {type(optimizer).__name__}, whose step calls no hooks"
