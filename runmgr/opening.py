@@ -189,7 +189,8 @@ def _shown(launches: list[Launch]) -> str | None:
 def _become_writer(request: Request, choice: _Choice, places: list[dict[str, Any]], launches: list[Launch]) -> Writer:
     """Take the lease and the next attempt, and write down who runs what, where."""
     run = choice.run
-    record.check_format(run)
+    if not choice.is_new:
+        record.check_format(run)
     lease, key = leases.Lease(run), _shown(launches)
     lease.acquire(takes_over=choice.takes_over, launch=key)
     try:

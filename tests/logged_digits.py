@@ -30,9 +30,12 @@ def after_each_step(act) -> None:
     runmgr.Run.restore, runmgr.Run.should_stop = restore_and_note, act_and_ask
 
 
-def log(run, step) -> None:
-    run.log_scalars({"step": step}, step=step)
-    run.tensorboard.flush()
+def log_every_step() -> None:
+    def log(run, step):
+        run.log_scalars({"step": step}, step=step)
+        run.tensorboard.flush()
+
+    after_each_step(log)
 
 
 def forget_dead_ranks() -> None:
@@ -48,6 +51,6 @@ def forget_dead_ranks() -> None:
 
 
 if __name__ == "__main__":
-    after_each_step(log)
+    log_every_step()
     forget_dead_ranks()
     digits.main()

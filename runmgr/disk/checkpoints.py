@@ -229,8 +229,8 @@ def read_books(run: RunDirectory) -> Books:
 
     Raises OSError when one is there and cannot be read, RunError when a newer version of runmgr wrote in this run.
     """
-    record.check_format(run)
     accounts = [_read_account(run, number) for number in record.attempt_numbers(run)]
+    record.check_format(run, [account.content for account in accounts])
     limits = _limits(accounts)
     unnamed = 0 if accounts and accounts[-1].accepts is not None else math.inf
     found: dict[tuple[int, int], Checkpoint] = {}

@@ -13,7 +13,7 @@ from runmgr.disk import atomic
 from runmgr.errors import RunBusy, RunError, RunNotFound, Superseded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from runmgr.disk.directory import RunDirectory
@@ -58,18 +58,22 @@ def look_at_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def newer_format(run: RunDirectory) -> str | None:
-    """Say so of a run in which a later version wrote what this one would misread; no number means the first format."""
-    numbers = [content.get("format") for content in (look_at_json(run.record_path), newest_record(run))]
+def newer_format(run: RunDirectory, attempts: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    """Say so of a run in which a later version wrote what this one would misread; no number means the first format.
+
+    `attempts` are their records, where they have been read; else the newest is.
+    """
+    records = [look_at_json(run.record_path), *([newest_record(run)] if attempts is None else attempts)]
+    numbers = [content.get("format") for content in records]
     newest = max((number for number in numbers if isinstance(number, int)), default=FORMAT)
     if newest <= FORMAT:
         return None
     return f"a newer runmgr wrote it (format {newest}, this one knows {FORMAT}); upgrade runmgr to use it"
 
 
-def check_format(run: RunDirectory) -> None:
-    """Raise RunError for a run that only a later version may judge or change."""
-    why = newer_format(run)
+def check_format(run: RunDirectory, attempts: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Raise RunError for a run that only a later version may judge or change; see `newer_format`."""
+    why = newer_format(run, attempts)
     if why is not None:
         raise RunError(f"run {run.run_id} is not for this version: {why}", run_id=run.run_id, path=str(run.path))
 
