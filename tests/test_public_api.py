@@ -93,7 +93,7 @@ SIGNATURES = {
     "Run.finish": "self",
     "Run.path": "self, name",
     "BestAverage": "model, k=10, *, mode='max'",
-    "RunningAverage": "model, *, overlap_with=None",
+    "RunningAverage": "model, *, dtype=torch.float64, overlap_with=None",
     "ExponentialAverage": "model, decay=0.999, *, warmup=0, overlap_with=None",
     "recalibrate_batch_norm": "model, loader",
     "ignore_stop_signals": "worker_id=0",

@@ -145,8 +145,8 @@ class Average:
                 f"{now.world_size} now; make averages after torch.distributed.init_process_group()"
             )
         check_group(ranks)
-        shapes = repr({key: outline[0] for key, outline in self._source.outlines.items()})
-        return [type(self).__name__, hashlib.sha256(shapes.encode()).hexdigest()[:8], *self._counts()]
+        tensors = repr({key: (outline[0], self._source.dtypes[key]) for key, outline in self._source.outlines.items()})
+        return [type(self).__name__, hashlib.sha256(tensors.encode()).hexdigest()[:8], *self._counts()]
 
     def _meet(self, what: str) -> None:
         """Come together before anything is sent: what is wrong on one rank raises the same error on all."""
@@ -291,14 +291,29 @@ class Accumulated(Average):
 class RunningAverage(Accumulated):
     """The mean of the model's states at all updates, each with the same weight: stochastic weight averaging.
 
-    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization". Sums are float64. For the
-    average of some epochs call `update()` at their ends only. It takes weights as they are, also those that are not finite.
+    Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization". For the average of some epochs
+    call `update()` at their ends only. It takes weights as they are, also those that are not finite.
+
+    Sums are float64, from which the mean comes to one rounding of the weights' type. With `dtype=torch.float32` they take
+    half the memory and the time of torch's `AveragedModel`, and n updates may leave n roundings in them.
 
     `overlap_with=optimizer` lets an update on a GPU run beside the next forward and backward pass: the optimizer's step and
     what reads the average wait for it. Nobody but the optimizer may write to its parameters meanwhile.
     """
 
     _name = "sums"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype = torch.float64,
+        overlap_with: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if dtype not in {torch.float32, torch.float64}:
+            raise InvalidInput(f"dtype={dtype!r} of the sums must be torch.float64 or torch.float32")
+        super().__init__(model, overlap_with=overlap_with)
+        self.dtype = dtype
 
     @torch.no_grad()
     def update(self) -> None:
@@ -313,6 +328,9 @@ class RunningAverage(Accumulated):
     def describe(self) -> list[dict[str, Any]]:
         """Say how many states were averaged."""
         return [{"states": self.count}]
+
+    def _dtype_for(self, tensor: Tensor) -> torch.dtype:
+        return wide(tensor) if self.dtype == torch.float64 else torch.promote_types(tensor.dtype, self.dtype)
 
     def _check(self) -> None:
         if not self.count:

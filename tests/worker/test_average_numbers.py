@@ -49,6 +49,33 @@ def test_a_running_mean_of_ten_thousand_states_is_the_exact_one_to_one_ulp(dtype
 
 
 @DTYPES
+def test_a_running_mean_with_float32_sums_is_that_sum_bit_for_bit_and_goes_on_from_float64_ones(dtype):
+    model = model_of(dtype)
+    average, wide = RunningAverage(model, dtype=torch.float32), RunningAverage(model)
+    total = torch.zeros(ELEMENTS)
+    for state in states(dtype, 100):
+        model["w"].data.copy_(state)
+        average.update()
+        wide.update()
+        total += state
+    assert average.state_dict()["sums"]["w"].dtype == torch.float32
+    assert_same_bits(average.averaged_state_dict(), {"w": (total / 100).to(dtype)})
+    average.load_state_dict(wide.state_dict())
+    assert_same_bits(average.state_dict()["sums"], {"w": wide.state_dict()["sums"]["w"].float()})
+
+
+def test_sums_are_never_narrower_than_the_weights():
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.zeros(1, dtype=getattr(torch, name))) for name in ("float64", "complex64")}
+    )
+    average = RunningAverage(model, dtype=torch.float32)
+    average.update()
+    assert {str(part.dtype) for part in average.parts()} == {"torch.float64", "torch.complex64"}
+    with pytest.raises(InvalidInput, match=r"dtype=torch.float16.*must be"):
+        RunningAverage(model, dtype=torch.float16)
+
+
+@DTYPES
 def test_the_sum_of_the_best_has_lost_nothing_after_a_thousand_evictions(dtype):
     model = model_of(dtype, 8192)
     average = BestAverage(model, k=10)

@@ -25,6 +25,7 @@ SHARDED_WORLDS = (1, *WORLDS) if os.environ.get("RUNMGR_MANY_RANKS") else (2,)  
 KINDS = {
     "best": lambda model: BestAverage(model, k=2),
     "running": RunningAverage,
+    "running float32": lambda model: RunningAverage(model, dtype=torch.float32),
     "exponential": lambda model: ExponentialAverage(model, 0.9, warmup=3),
     "best of exponential": lambda model: BestAverage(ExponentialAverage(model, 0.9), k=2),
 }
@@ -296,10 +297,12 @@ def test_an_average_is_saved_and_restored_before_its_first_update(kind):
         assert_same_bits(found["saved"], found["restored"])
 
 
-def test_ranks_that_updated_unequally_often_get_an_error_that_says_so():
+@pytest.mark.parametrize("differs", ["updates", "dtype"])
+def test_ranks_whose_averages_differ_get_an_error_that_says_so(differs):
     def average(rank):
-        average = RunningAverage(nn.Linear(3, 3))
-        for _ in range(1 + rank):
+        dtype = torch.float64 if differs == "updates" or not rank else torch.float32
+        average = RunningAverage(nn.Linear(3, 3), dtype=dtype)
+        for _ in range(1 + rank * (differs == "updates")):
             average.update()
         average.averaged_state_dict()
 
