@@ -8,9 +8,9 @@ scheme, written anew from its description: read a pickle of ten models, replace 
 enters, average them on the CPU in the model's dtype, write the average. It is left out above `--scheme-mib`.
 
 An update's bandwidth is the bytes that it must read and write (an exponential average 3 models, a running one with float64 sums
-5 of float32) over its time, as a share of what a device copy reaches in the same round: that is the limit. On a GPU the
-last column is how much longer a step of matrix products (about `--step-ms`) takes with an update behind it, and a last table
-the same of ten steps in a row, also with averages that were made with `overlap_with=optimizer`.
+5 of float32) over its time, as a share of what a device copy of one stretch of bytes reaches in the same round: that is the
+limit. On a GPU the last column is how much longer a step of matrix products (about `--step-ms`) takes with an update behind it,
+and a last table the same of ten steps in a row, also with averages that were made with `overlap_with=optimizer`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     logging.disable(logging.WARNING)
     device = torch.device(given.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
     for size_mib in given.size_mib:
@@ -151,17 +153,19 @@ class _Scheme:
 def _updates(model: nn.Module, size_mib: int, given: argparse.Namespace) -> None:
     size_bytes = sum(parameter.nbytes for parameter in model.parameters())
     wide, single = 8 / model["layer0"].element_size(), max(4 / model["layer0"].element_size(), 1)
-    copies = [torch.empty_like(parameter) for parameter in model.parameters()]
+    bytes_from, bytes_to = (torch.zeros(size_bytes, dtype=torch.uint8, device=given.device) for _ in range(2))
     plain = [parameter.detach().clone() for parameter in model.parameters()]
     exponential, running = runmgr.ExponentialAverage(model, _DECAY), runmgr.RunningAverage(model)
+    narrow = runmgr.RunningAverage(model, dtype=torch.float32)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
     swa = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     ways: dict[str, tuple[Callable[[], object], float]] = {
-        "device copy": (lambda: [to.copy_(one) for to, one in zip(copies, model.parameters(), strict=True)], 2),
+        "device copy": (lambda: bytes_to.copy_(bytes_from), 2),
         "runmgr exponential": (exponential.update, 1 + 2 * single),
         "AveragedModel exponential": (lambda: ema.update_parameters(model), 3),
         "plain loop exponential": (lambda: _plain_loop(plain, model), 3),
         "runmgr running": (running.update, 1 + 2 * wide),
+        "runmgr running, float32 sums": (narrow.update, 1 + 2 * single),
         "AveragedModel running": (lambda: swa.update_parameters(model), 3),
     }
     for update, _ in ways.values():

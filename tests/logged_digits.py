@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch.distributed as dist
 
@@ -36,6 +37,24 @@ def log_every_step() -> None:
         run.tensorboard.flush()
 
     after_each_step(log)
+
+
+def die_at(moment: str, number: int, rank: int) -> None:
+    """Kill a rank: after "step" 30, in epoch 3 when its average is "updated" and nothing saved, or when that is "saved"."""
+    save = runmgr.Run.save
+
+    def now(run, passed, count):
+        if (passed, count, run.rank) == (moment, number, rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_between(run, state, *, epoch, **more):
+        now(run, "updated", epoch)
+        handle = save(run, state, epoch=epoch, **more)
+        now(run, "saved", epoch)
+        return handle
+
+    after_each_step(lambda run, step: now(run, "step", step))
+    runmgr.Run.save = save_between
 
 
 def forget_dead_ranks() -> None:

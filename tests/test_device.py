@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import runmgr
+from runmgr.worker import staging
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
@@ -57,6 +58,42 @@ def test_an_average_lives_on_the_models_device_and_survives_a_restore(device, ki
         assert torch.equal(torch.randn(3, device=device), draw), "random numbers go on where they were"
     assert {tensor.device.type for tensor in after.values()} == {device}
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@DEVICES
+@pytest.mark.parametrize("kind", [runmgr.BestAverage, runmgr.RunningAverage, runmgr.ExponentialAverage])
+def test_an_average_of_small_and_large_tensors_of_several_dtypes_has_the_bits_of_a_cpu(device, kind):
+    sizes, dtypes = (3, 1000, 1, 3_000_000), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    found = []
+    for place in ("cpu", device):
+        random = torch.Generator().manual_seed(0)
+        model = nn.ParameterDict(
+            {
+                f"{size} {dtype}".replace(".", " "): nn.Parameter(torch.zeros(size, dtype=dtype, device=place))
+                for size in sizes
+                for dtype in dtypes
+            }
+        )
+        average = kind(model)
+        for number in range(4):
+            with torch.no_grad():
+                for parameter in model.values():
+                    parameter.copy_(torch.randn(parameter.shape, generator=random))
+            average.update(*[float(number)] * (kind is runmgr.BestAverage))
+        with average.applied():
+            found.append([parameter.detach().cpu() for parameter in model.values()])
+        found[-1] += [parameter.detach().cpu() for parameter in model.values()]
+    assert all(map(torch.equal, *found))
+
+
+@NEEDS_CUDA
+def test_memory_for_a_background_save_is_pinned_while_it_is_held():
+    stage = staging.Staging()
+    copied = stage.copy({"a": torch.ones(5_000_000, device="cuda")})["a"]
+    assert copied.is_pinned()
+    assert copied.sum() == 5_000_000
+    stage.release()
+    assert not copied.is_pinned()
 
 
 @DEVICES

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.utils.tensorboard
-from logged_digits import log_every_step
-from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks, torchrun
+from logged_digits import die_at, log_every_step
+from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
@@ -25,9 +25,14 @@ EPOCHS = {2: 10, 4: 5}
 AVERAGED_EPOCHS = 11
 STEPS_AN_EPOCH = {2: 19, 4: 10}
 SAVES_BEFORE_KILLS = {2: (1, 2, 1, 2, 1, 2), 4: (1, 2, 1)}
+DEATHS = [  # the moment, its epoch or step, and the epoch that is saved by then
+    [("saved", epoch, epoch) for epoch in range(1, AVERAGED_EPOCHS + 1)],
+    [("updated", epoch, epoch - 1) for epoch in range(2, AVERAGED_EPOCHS + 1)],
+    [("step", STEPS_AN_EPOCH[2] * epoch + 10, epoch) for epoch in range(1, AVERAGED_EPOCHS)],
+]
 
 
-def _train(rank, root, epochs, seed, warm_up):
+def _train(rank, root, epochs, seed, warm_up, dies_at):
     """The demo's own main(), as torchrun would start it."""
     sys.argv = ["digits.py", "--epochs", str(epochs), "--resume", "latest"]
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
@@ -35,6 +40,8 @@ def _train(rank, root, epochs, seed, warm_up):
     random.seed(seed)  # what a process finds there is not part of the run
     torch.manual_seed(seed)
     log_every_step()
+    if dies_at is not None:
+        die_at(*dies_at)
     if warm_up is not None:
         plain = digits.DistributedDataParallel
 
@@ -47,11 +54,11 @@ def _train(rank, root, epochs, seed, warm_up):
     digits.main()
 
 
-def _launch(root, folder, ranks, *, epochs=None, warm_up=None, kill_after_saves=None) -> bool:
-    """Train to the end, or kill -9 all ranks a moment after some saves; True when they ended by themselves."""
+def _launch(root, folder, ranks, *, epochs=None, warm_up=None, kill_after_saves=None, dies_at=None) -> bool:
+    """Train to the end, or kill -9 all ranks a moment after some saves, or one at `dies_at`; True when the end was reached."""
     before = _saves(root)
     with agent() as port:
-        given = root, epochs or EPOCHS[ranks], random.randrange(1 << 30), warm_up
+        given = root, epochs or EPOCHS[ranks], random.randrange(1 << 30), warm_up, dies_at
         pids = start_ranks(ranks, _train, *given, port=port, folder=folder)
         deadline = time.monotonic() + 240
         for _ in range(kill_after_saves or 0):
@@ -159,26 +166,18 @@ def test_real_torchrun_killed_with_all_its_ranks_goes_on_at_the_next_start(tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
-def test_torchrun_whose_ranks_die_at_every_epoch_ends_with_the_same_average(tmp_path):
-    """One epoch more than the ten that are averaged; each death is followed by a torchrun of its own."""
-    roots = tmp_path / "straight", tmp_path / "killed"
-    script = str(Path(__file__).with_name("dying_digits.py"))
-    command = [script, f"--epochs={AVERAGED_EPOCHS}", "--resume=latest"]
-    assert torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[0])).returncode == 0
-    deaths = 0
-    for epoch in range(1, AVERAGED_EPOCHS + 1):
-        for moment in {4: ("step", "saved"), 6: ("updated", "saved"), 9: ("step", "saved")}.get(epoch, ("saved",)):
-            number = STEPS_AN_EPOCH[2] * epoch - 9 if moment == "step" else epoch
-            died = torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[1]), DIES_AT=f"{moment} {number} {deaths % 2}")
-            deaths += 1
-            assert "Signal 9 (SIGKILL)" in died.stderr, died.stderr
-            (info,) = runmgr.list_runs("digits", roots[1])
-            assert (info.attempt, info.latest["epoch"]) == (deaths, epoch - (moment != "saved"))
-    done = torchrun(*command, RUNMGR_CKPT_ROOT_DIR=str(roots[1]))
-    assert done.returncode == 0, done.stderr
-    _assert_same_training(*map(_final, roots))
-    members = torch.load(_final(roots[1])[0] / "average_model.pth", weights_only=True)["members"]
+@pytest.mark.parametrize("moments", DEATHS, ids=lambda moments: moments[0][0])
+def test_ranks_that_die_at_every_epoch_end_with_the_same_average(tmp_path, moments):
+    """One epoch more than the ten that are averaged."""
+    assert _launch(tmp_path / "straight", tmp_path, 2, epochs=AVERAGED_EPOCHS)
+    killed = tmp_path / "killed"
+    for deaths, (moment, number, last_epoch) in enumerate(moments):
+        assert not _launch(killed, tmp_path, 2, epochs=AVERAGED_EPOCHS, dies_at=(moment, number, deaths % 2))
+        (info,) = runmgr.list_runs("digits", killed)
+        assert (info.attempt, info.latest["epoch"]) == (deaths + 1, last_epoch)
+    assert _launch(killed, tmp_path, 2, epochs=AVERAGED_EPOCHS)
+    _assert_same_training(_final(tmp_path / "straight"), _final(killed))
+    members = torch.load(_final(killed)[0] / "average_model.pth", weights_only=True)["members"]
     assert len(members) == 10
 
 

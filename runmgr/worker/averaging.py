@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,7 +171,7 @@ class Average:
         """Return what is not averaged; what is no tensor is each rank's own."""
         others = self._newest_others()
         if self._source.ranks.world_size == 1:
-            return {key: map_tensors(value, _copy) for key, value in others.items()}
+            return {key: map_tensors(value, partial(_copy_beside, own[key])) for key, value in others.items()}
         tensors = {
             key: value for key, value in own.items() if isinstance(value, torch.Tensor) and not is_averaged(value)
         }
@@ -321,7 +322,9 @@ class RunningAverage(Accumulated):
         if not self._parts:
             self._allocate()
             set_zero(self._parts)
-        self._pairing().apply(torch._foreach_add_)  # the multi-tensor kernels have no public name
+        self._pairing().apply(
+            torch._foreach_add_, torch.Tensor.add_
+        )  # which adds a float32 tensor in one pass on a GPU
         self._others = self._source.others()
         self.count += 1
 
@@ -368,14 +371,17 @@ class ExponentialAverage(Accumulated):
         self.decay = decay
         self.warmup = warmup
         self._allocate()
-        self._pairing().apply(torch._foreach_copy_)
+        self._pairing().apply(torch._foreach_copy_, torch.Tensor.copy_)
         self._others = self._source.others()
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the model's present state. Every rank: each its share, and none waits for another."""
         decay = min(self.decay, (1 + self.count) / (self.warmup + self.count)) if self.warmup else self.decay
-        self._pairing().apply(lambda averages, new: torch._foreach_lerp_(averages, new, 1 - decay))
+        self._pairing().apply(
+            lambda averages, new: torch._foreach_lerp_(averages, new, 1 - decay),
+            lambda average, new: average.lerp_(new.to(average.dtype), 1 - decay),
+        )
         self._others = self._source.others()
         self.count += 1
 
@@ -421,5 +427,6 @@ def _device_of(own: Weights) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+def _copy_beside(own: Any, tensor: Tensor) -> Tensor:
+    """Copy a tensor, which may come from a file, to where the model's own lies."""
+    return tensor.detach().to(own.device if isinstance(own, torch.Tensor) else tensor.device, copy=True)

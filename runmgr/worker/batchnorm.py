@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,8 +87,12 @@ def _in_training(model: nn.Module, norms: list[_Norm]) -> Iterator[None]:
             norm.reset_running_stats()
             norm.momentum = None  # what torch calls a cumulative mean
             norm.training = True
+            if isinstance(norm, nn.SyncBatchNorm):  # whose own waits for a batch of every rank; one may have fewer
+                norm.forward = partial(_Norm.forward, norm)  # type: ignore[method-assign]
         yield
     finally:
+        for norm in norms:
+            vars(norm).pop("forward", None)
         for part, mode in modes:
             part.training = mode
         for norm, momentum in momenta:

@@ -214,7 +214,8 @@ class _Adder(threading.local):
             crcs.append(crc)
         if not total.sum().isfinite():
             self._check_finite(piece)
-        torch.frombuffer(result, dtype=stretch.dtype).copy_(total.div_(len(crcs)).to(stretch.dtype).reshape(-1))
+        torch._foreach_div_([total], len(crcs))  # a GPU's div_ multiplies by the reciprocal
+        torch.frombuffer(result, dtype=stretch.dtype).copy_(total.to(stretch.dtype).reshape(-1))
         return _Blended(piece, result, crcs)
 
     def _room(self, name: str, dtype: torch.dtype, piece: _Piece) -> Tensor:
@@ -325,4 +326,6 @@ def device_named(name: str) -> torch.device:
         raise InvalidInput(f"device={name!r}: give 'cpu' or 'cuda'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidInput(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; use 'cpu'")
+    if device.type == "cuda" and ":" not in name:
+        return torch.device("cuda", torch.cuda.current_device())  # which is another one in each new thread
     return device

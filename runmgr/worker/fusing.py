@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -17,28 +18,48 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("runmgr.average")
 # What is worked on at a time stays in the processor's cache, and gives all of torch's threads work; on a GPU, in the device's.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
+# The kernels for many tensors give each 65,536 elements to one of a GPU's processors. From so many elements on, a kernel for
+# one tensor, which uses all of them, is worth its launch.
+_ALONE = {"cuda": 1 << 20}
+_ALIGNED = 64  # elements: there a GPU reads several at once
 
 
 def _block_bytes(place: str) -> int:
     return _BLOCK_BYTES["cuda" if place == "cuda" else "cpu"]
 
 
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNED) * _ALIGNED
+
+
+def _laid_out(memory: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Return tensors of these lengths from a memory, each at an aligned place."""
+    sizes = [size for length in lengths for size in (length, _aligned(length) - length)]
+    return list(torch.split(memory[: sum(sizes)], sizes))[::2]
+
+
 class Pairing:
     """Flat tensors and the flat tensors, of the same sizes and maybe of another dtype, that are to change them.
 
-    Made once for the same memory. An operation takes two lists of one dtype and changes the first: the `torch._foreach_`
-    functions do, which have no public name.
+    Made once for the same memory.
     """
 
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
-        self._alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._alone: list[tuple[Tensor, Tensor]] = []
+        self._alike: dict[_Kind, tuple[list[Tensor], list[Tensor]]] = {}
         self._blocks: list[_Block] = []
         blocks: dict[_Kind, _Block] = {}
         for target, source in zip(targets, sources, strict=True):
-            kind = _Kind(target.device, target.dtype, source.device)
-            if (source.device, source.dtype) == kind[:2]:
-                self._alike[0].append(target)
-                self._alike[1].append(source)
+            kind = _Kind(target.device, target.dtype, source.device, source.dtype)
+            is_local = kind.device == kind.source
+            if is_local and len(target) >= _ALONE.get(kind.device.type, math.inf):
+                length = _block_bytes(kind.device.type) // kind.dtype.itemsize
+                self._alone += zip(torch.split(target, length), torch.split(source, length), strict=True)
+                continue
+            if is_local and kind.dtype == kind.source_dtype:
+                alike = self._alike.setdefault(kind, ([], []))
+                alike[0].append(target)
+                alike[1].append(source)
                 continue
             start = 0
             while start < len(target):
@@ -50,15 +71,23 @@ class Pairing:
                 block.add(target[start:stop], source[start:stop])
                 start = stop
 
-    def apply(self, change: Callable[[list[Tensor], list[Tensor]], object]) -> None:
-        """Change the targets by the sources, converted first where their dtype is another."""
-        if self._alike[0]:
-            change(*self._alike)
+    def apply(
+        self, change: Callable[[list[Tensor], list[Tensor]], object], one: Callable[[Tensor, Tensor], object]
+    ) -> None:
+        """Change the targets by the sources.
+
+        `change` does so with lists, each of one dtype and device: the `torch._foreach_` functions do, which have no public
+        name. `one` does it with two tensors, maybe of two dtypes.
+        """
+        for pair in self._alone:
+            one(*pair)
+        for alike in self._alike.values():
+            change(*alike)
         memory: dict[_Kind, Tensor] = {}
         for block in self._blocks:
             if block.kind not in memory:  # the first block of its kind is the fullest
                 memory[block.kind] = block.scratch()
-            converted = list(torch.split(memory[block.kind][: sum(block.lengths)], block.lengths))
+            converted = _laid_out(memory[block.kind], block.lengths)
             torch._foreach_copy_(converted, block.sources)
             change(block.targets, converted)
 
@@ -67,28 +96,30 @@ class _Kind(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     source: torch.device
+    source_dtype: torch.dtype
 
 
 class _Block:
     def __init__(self, kind: _Kind) -> None:
         self.kind = kind
         place = kind.device if kind.device == kind.source else torch.device("cuda")
-        self.room = _block_bytes(place.type) // kind.dtype.itemsize
+        self.room = _aligned(_block_bytes(place.type) // kind.dtype.itemsize)
         self.targets: list[Tensor] = []
         self.sources: list[Tensor] = []
         self.lengths: list[int] = []
 
     def scratch(self) -> Tensor:
         """Return memory for what is converted; pinned where it comes from a GPU to the host."""
-        device, dtype, source = self.kind
-        pin = device.type == "cpu" and source.type == "cuda"
-        return torch.empty(sum(self.lengths), dtype=dtype, device=device, pin_memory=pin)
+        pin = self.kind.device.type == "cpu" and self.kind.source.type == "cuda"
+        return torch.empty(
+            sum(map(_aligned, self.lengths)), dtype=self.kind.dtype, device=self.kind.device, pin_memory=pin
+        )
 
     def add(self, target: Tensor, source: Tensor) -> None:
         self.targets.append(target)
         self.sources.append(source)
         self.lengths.append(len(target))
-        self.room -= len(target)
+        self.room -= _aligned(len(target))
 
 
 class ExactSum:
@@ -154,10 +185,10 @@ class _Scratch:
             kind = part.device, part.dtype
             key = (name, *kind)
             if key not in self._memory or len(self._memory[key]) < used[kind] + len(part):
-                needed = sum(len(other) for other in like if (other.device, other.dtype) == kind)
+                needed = sum(_aligned(len(other)) for other in like if (other.device, other.dtype) == kind)
                 self._memory[key] = torch.empty(needed, dtype=part.dtype, device=part.device)
             found.append(self._memory[key][used[kind] : used[kind] + len(part)])
-            used[kind] += len(part)
+            used[kind] += _aligned(len(part))
         copy_all(found, values)
         return found
 
@@ -185,9 +216,18 @@ def _cut(parts: list[Tensor], others: list[Tensor]) -> Iterator[list[tuple[int, 
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors into others of the same sizes; there may be none."""
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    """Copy tensors into others of the same sizes; there may be none.
+
+    Those of one kind at a time: up to torch 2.10 a list of several dtypes is written on a GPU as if all had the first one's.
+    """
+    kinds: dict[_Kind, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        kind = _Kind(target.device, target.dtype, source.device, source.dtype)
+        alike = kinds.setdefault(kind, ([], []))
+        alike[0].append(target)
+        alike[1].append(source)
+    for alike in kinds.values():
+        torch._foreach_copy_(*alike)
 
 
 def set_zero(targets: list[Tensor]) -> None:
@@ -201,8 +241,16 @@ def copied_if_finite(targets: list[Tensor], sources: list[Tensor]) -> bool:
     if all(source.device.type == "cpu" for source in sources):
         return all(map(_copied_if_finite, targets, sources))
     copy_all(targets, sources)
-    greatest = torch._foreach_norm([source for source in sources if len(source)], float("inf"))
-    return bool(torch.stack([norm.float().to(greatest[0].device) for norm in greatest]).isfinite().all())
+    filled = [source for source in sources if len(source)]
+    are_finite = [norm.isfinite() for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
+    return all(bool(torch.stack(found).all()) for found in _by_device(are_finite))
+
+
+def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found.values()
 
 
 def _copied_if_finite(target: Tensor, source: Tensor) -> bool:
@@ -219,14 +267,15 @@ def _copied_if_finite(target: Tensor, source: Tensor) -> bool:
 def empty_parts(views: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
     """Return a flat tensor for each view, of these dtypes, on its device, all those of one kind in one memory.
 
-    Where the device has no room it is host memory, from which a GPU can read by itself.
+    Where the device has no room it is host memory.
     """
     kinds = [(view.device, dtype) for view, dtype in zip(views, dtypes, strict=True)]
     parts: list[Tensor | None] = [None] * len(views)
     for kind in dict.fromkeys(kinds):
         places = [place for place, other in enumerate(kinds) if other == kind]
-        memory = _memory(sum(len(views[place]) for place in places), kind[1], kind[0])
-        for place, part in zip(places, torch.split(memory, [len(views[place]) for place in places]), strict=True):
+        lengths = [len(views[place]) for place in places]
+        memory = _memory(sum(map(_aligned, lengths)), kind[1], kind[0])
+        for place, part in zip(places, _laid_out(memory, lengths), strict=True):
             parts[place] = part
     return [part for part in parts if part is not None]
 
@@ -240,4 +289,4 @@ def _memory(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
             device,
             length * dtype.itemsize / 1e6,
         )
-        return torch.empty(length, dtype=dtype, device="cpu", pin_memory=torch.cuda.is_available())
+        return torch.empty(length, dtype=dtype, device="cpu")

@@ -97,7 +97,7 @@ class Gathering:
         tensors = [tensor for part in self._sharded.values() for tensor in part]
         if tensors:
             greatest = max(tensors, key=lambda tensor: tensor.nbytes)
-            torch.empty(greatest.shape, dtype=greatest.dtype, device=greatest.device)
+            torch.empty(greatest.shape, dtype=greatest.dtype, device=greatest.device_mesh.device_type)  # type: ignore[attr-defined]
 
     def make_whole(self, *, keep: bool) -> None:
         """Make the sharded tensors whole, one at a time; rank 0 keeps them, on its CPU. Every rank.
@@ -111,7 +111,7 @@ class Gathering:
         def whole(tensor: torch.Tensor) -> torch.Tensor | None:
             if not states.is_sharded(tensor):
                 return tensor
-            full = tensor.full_tensor()  # type: ignore[attr-defined]
+            full = _full(tensor)
             if not keep or failures:
                 return None
             try:
@@ -135,6 +135,13 @@ class Gathering:
         if found.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
             self.private.add(identity(found))
         return found
+
+
+def _full(sharded: Any) -> torch.Tensor:
+    """Return all of a DTensor. Shards that FSDP2 offloads go to the device that exchanges them first."""
+    place = sharded.device_mesh.device_type
+    full: torch.Tensor = (sharded if sharded.device.type == place else sharded.to(place)).full_tensor()
+    return full
 
 
 def gather(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from runmgr.worker.source import Source
 
+_COMPARED_BYTES = 64 << 20
 _THREADS = 2  # two read as fast as memory gives
 
 
@@ -73,6 +74,8 @@ class Member:
 
 def are_same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
     """Whether flat tensors hold the same, bit for bit."""
+    if any(tensor.is_cuda for tensor in some):
+        return all(map(same_bits, some, others))
     with ThreadPoolExecutor(_THREADS) as pool:
         return all(pool.map(same_bits, some, others))
 
@@ -84,8 +87,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.numel() == 0:
         return True
     one_bytes, other_bytes = _bytes_of(one), _bytes_of(other.to(one.device))
-    if one.device.type != "cpu":
-        return torch.equal(one_bytes, other_bytes)
+    if one.device.type != "cpu":  # where comparing takes as much memory as is compared
+        return all(map(torch.equal, torch.split(one_bytes, _COMPARED_BYTES), torch.split(other_bytes, _COMPARED_BYTES)))
     return bool(
         _memcmp()(one_bytes.data_ptr(), other_bytes.data_ptr(), one_bytes.numel()) == 0
     )  # ten times torch.equal

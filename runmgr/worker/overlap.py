@@ -48,8 +48,9 @@ class Overlap:
             )
         self._model = model
         self._optimizer = weakref.ref(optimizer)
-        before_load = model.register_load_state_dict_pre_hook(join)  # type: ignore[no-untyped-call]
-        for handle in (optimizer.register_step_pre_hook(join), before_load):
+        untraced = torch.compiler.disable(join)  # type: ignore[no-untyped-call]  # in a compiled step no stream would wait
+        before_load = model.register_load_state_dict_pre_hook(untraced)  # type: ignore[no-untyped-call]
+        for handle in (optimizer.register_step_pre_hook(untraced), before_load):
             weakref.finalize(self, handle.remove)
 
     def paired(self, source: Source, parts: list[Tensor], views: list[Tensor]) -> OverlappingPairing:
@@ -84,24 +85,26 @@ class OverlappingPairing:
         self._optimizer = optimizer
         self._pairings = pairings
 
-    def apply(self, change: Callable[[list[Tensor], list[Tensor]], object]) -> None:
+    def apply(
+        self, change: Callable[[list[Tensor], list[Tensor]], object], one: Callable[[Tensor, Tensor], object]
+    ) -> None:
         """Change the targets by the sources, as `Pairing.apply` does."""
         has_optimizer = self._optimizer() is not None
         if not has_optimizer:  # then another one may change the parameters, which does not wait
             join()
         for device, pairing in self._pairings.items():
             if device is None or not has_optimizer:
-                pairing.apply(change)
+                pairing.apply(change, one)
             else:
                 with _beside(device):
-                    pairing.apply(change)
+                    pairing.apply(change, one)
 
 
 @contextmanager
 def _beside(device: torch.device) -> Iterator[None]:
     """Give the block's work to the device's other stream, after all that the current one has been given."""
     _stream(device).wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(_stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(_stream(device)):
         yield
 
 

@@ -108,9 +108,9 @@ class Saver:
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Make the memory ready that a first `save(block=False)` of `state` will need; given back if it does block."""
-        size_bytes, on_gpu = states.expected_size(state)
+        size_bytes, gpu = states.expected_size(state)
         self._check_keep(size_bytes)
-        self._staging.reserve(size_bytes, pinned=on_gpu)
+        self._staging.reserve(size_bytes, pinned_for=gpu)
         self._trained_since = time.monotonic()
 
     def save(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _ALIGNMENT_BYTES = 64
 _PAGE_BYTES = 4096
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU
 _RESERVE_SHARE = 0.5  # what memory kept ready before the first save may take of what is free
 _COPY_SHARE = 0.9
 # What a kernel that has no more memory makes mmap, torch and the pinning of pages raise.
@@ -35,25 +36,25 @@ class Staging:
         self._blocks: list[_Block] = []
         self._reserving: threading.Thread | None = None
 
-    def reserve(self, size_bytes: int, *, pinned: bool) -> None:
-        """Make memory ready in the background, if less than half of what is free is needed.
+    def reserve(self, size_bytes: int, *, pinned_for: torch.device | None = None) -> None:
+        """Make memory ready in the background, if less than half of what is free is needed: pinned for copies from a GPU.
 
         Only a head start: where the memory cannot be had after all, `copy` asks again and tells.
         """
         self.settle()
         missing = size_bytes - sum(block.size_bytes for block in self._blocks)
         if 0 < missing < _RESERVE_SHARE * available_bytes():
-            self._reserving = threading.Thread(target=self._add, args=(missing, pinned), name="runmgr-staging")
-            self._reserving.start()
+            self._begin_to_add(missing, pinned_for)
 
-    def _add(self, size_bytes: int, pinned: bool) -> _Block | None:  # noqa: FBT001  # a thread's arguments
-        """Return one more block, or None if the memory cannot be had."""
-        try:
-            block = _Block(size_bytes, pinned=pinned)
-        except _NO_MEMORY:
-            return None
-        self._blocks.append(block)
-        return block
+    def _begin_to_add(self, size_bytes: int, pinned_for: torch.device | None) -> None:
+        """Make one more block, if the memory can be had. The thread also keeps CUDA's "last error" of a refusal to itself."""
+
+        def add() -> None:
+            with suppress(*_NO_MEMORY):
+                self._blocks.append(_Block(size_bytes, pinned_for))
+
+        self._reserving = threading.Thread(target=add, name="runmgr-staging")
+        self._reserving.start()
 
     def settle(self) -> None:
         """Return when no thread of ours is at work."""
@@ -75,8 +76,8 @@ class Staging:
         self.settle()
         storages = {identity(tensor): tensor.untyped_storage() for tensor in tensors_in(value)}
         storages = {key: storage for key, storage in storages.items() if key not in private}
-        pinned = any(storage.device.type == "cuda" for storage in storages.values())
-        if any(block.is_pinned != pinned for block in self._blocks):
+        pinned_for = next((storage.device for storage in storages.values() if storage.device.type == "cuda"), None)
+        if any(block.is_pinned != (pinned_for is not None) for block in self._blocks):
             self._blocks = []
         for block in self._blocks:
             block.used_bytes = 0
@@ -89,10 +90,13 @@ class Staging:
                 placed[key] = room.take(storage.nbytes())
         if left:
             missing = sum(_aligned(storage.nbytes()) for _, storage in left)
-            added = self._add(missing, pinned) if missing <= _COPY_SHARE * available_bytes() else None
-            if added is None:
+            known = len(self._blocks)
+            if missing <= _COPY_SHARE * available_bytes():
+                self._begin_to_add(missing, pinned_for)
+                self.settle()
+            if len(self._blocks) == known:
                 return None
-            placed |= {key: added.take(storage.nbytes()) for key, storage in left}
+            placed |= {key: self._blocks[-1].take(storage.nbytes()) for key, storage in left}
         _copy_all([(placed[key], storage) for key, storage in storages.items()])
 
         def copy_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,21 +107,31 @@ class Staging:
 
 
 class _Block:
-    """One stretch of memory, its pages already there."""
+    """One stretch of memory, its pages already there, and pinned for a GPU; as many bytes as are asked for.
 
-    def __init__(self, size_bytes: int, *, pinned: bool) -> None:
+    torch's own pinned memory would be the next power of two, and stay with torch when it is given back.
+    """
+
+    def __init__(self, size_bytes: int, pinned_for: torch.device | None) -> None:
         self.size_bytes = max(size_bytes, _ALIGNMENT_BYTES)
         self.used_bytes = 0
-        self.is_pinned = pinned
-        if pinned:
-            self._memory: Any = torch.empty(self.size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-            self._buffer: Any = (ctypes.c_char * self.size_bytes).from_address(self._memory.data_ptr())
-        else:
-            self._buffer = mmap.mmap(-1, self.size_bytes)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # a kernel without them: small pages do
-                    self._buffer.madvise(mmap.MADV_HUGEPAGE)
-            torch.frombuffer(self._buffer, dtype=torch.uint8)[::_PAGE_BYTES] = 0  # unlike madvise, without the GIL
+        self.is_pinned = pinned_for is not None
+        self._buffer = mmap.mmap(-1, self.size_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them: small pages do
+                self._buffer.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(self._buffer, dtype=torch.uint8)[::_PAGE_BYTES] = 0  # unlike madvise, without the GIL
+        if pinned_for is not None:
+            self._pin(pinned_for)
+
+    def _pin(self, device: torch.device) -> None:
+        """Let the GPU copy here by itself. Where the driver refuses, copies are slower, and as good."""
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = torch.frombuffer(self._buffer, dtype=torch.uint8).data_ptr()
+        with torch.cuda.device(device):  # a new thread's is GPU 0, which need not be this rank's
+            refused = int(runtime.cudaHostRegister(address, self.size_bytes, _PORTABLE))
+        if not refused:
+            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def has_room_for(self, size_bytes: int) -> bool:
         return self.used_bytes + size_bytes <= self.size_bytes
@@ -143,6 +157,7 @@ def _copy_all(pairs: list[tuple[torch.Tensor, torch.UntypedStorage]]) -> None:
         streams[device].wait_stream(torch.cuda.current_stream(device))
     with ExitStack() as stack:
         for stream in streams.values():
+            stack.enter_context(torch.cuda.device(stream.device))  # so that leaving the stream sets GPU 0 up for nobody
             stack.enter_context(torch.cuda.stream(stream))
         for target, storage in pairs:
             target.copy_(_bytes_in(storage), non_blocking=True)

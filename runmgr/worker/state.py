@@ -184,8 +184,8 @@ def check_keys(state: Mapping[str, Any]) -> None:
         )
 
 
-def expected_size(state: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return how many bytes of tensors `save(block=False)` will copy, and whether some lie on a GPU.
+def expected_size(state: Mapping[str, Any]) -> tuple[int, torch.device | None]:
+    """Return how many bytes of tensors `save(block=False)` will copy, and the GPU that some lie on, if any do.
 
     Sharded tensors are not copied but made whole, which is a copy already. An optimizer makes its state at its first step;
     until then two tensors a parameter are expected from those with `betas`, one from those with `momentum`.
@@ -203,17 +203,17 @@ def expected_size(state: Mapping[str, Any]) -> tuple[int, bool]:
                 expected += copies * _size_bytes_of_copies(parameters)[0]
         elif isinstance(value, torch.Tensor):
             tensors.append(value)
-    found, on_gpu = _size_bytes_of_copies(tensors)
-    return found + expected, on_gpu
+    found, gpu = _size_bytes_of_copies(tensors)
+    return found + expected, gpu
 
 
-def _size_bytes_of_copies(values: Iterable[Any]) -> tuple[int, bool]:
+def _size_bytes_of_copies(values: Iterable[Any]) -> tuple[int, torch.device | None]:
     tensors = [
         value for value in values
         if isinstance(value, torch.Tensor) and value.layout == torch.strided
         and not is_sharded(value) and not nn.parameter.is_lazy(value)
     ]  # fmt: skip
-    return sum(tensor.nbytes + 64 for tensor in tensors), any(tensor.is_cuda for tensor in tensors)
+    return sum(tensor.nbytes + 64 for tensor in tensors), next((one.device for one in tensors if one.is_cuda), None)
 
 
 def restore(state: Mapping[str, Any], saved: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:

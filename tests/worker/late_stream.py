@@ -6,7 +6,7 @@ show the order in which things are asked for, not what a device does with it.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -63,11 +63,11 @@ class Streams:
             entered.pop().leave()
 
         class LatePairing(overlap.Pairing):
-            def apply(self, change):
+            def apply(self, *change):
                 if entered:
-                    entered[-1].give(lambda: plain.apply(self, change))
+                    entered[-1].give(lambda: plain.apply(self, *change))
                 else:
-                    super().apply(change)
+                    super().apply(*change)
 
         def record(tensor, stream):
             assert isinstance(stream, LateStream)
@@ -79,6 +79,7 @@ class Streams:
         monkeypatch.setattr(overlap, "Pairing", LatePairing)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: LateStream(self))
         monkeypatch.setattr(torch.cuda, "stream", enter)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
         monkeypatch.setattr(torch.Tensor, "record_stream", record)
 

@@ -168,7 +168,7 @@ def test_a_device_without_room_leaves_the_average_in_host_memory_with_the_same_b
     expected, real, refused = train(), torch.empty, []
 
     def empty(*args, **options):
-        if sys._getframe(1).f_code.co_name == "_memory" and "pin_memory" not in options:
+        if sys._getframe(1).f_code.co_name == "_memory" and options["device"] != "cpu":
             refused.append(options)
             raise torch.OutOfMemoryError("no room")
         return real(*args, **options)
@@ -184,10 +184,12 @@ def test_a_device_without_room_leaves_the_average_in_host_memory_with_the_same_b
 @pytest.mark.parametrize("make", [RunningAverage, ExponentialAverage, lambda model: BestAverage(model, k=2)])
 def test_how_much_is_worked_on_at_a_time_changes_no_bit(make, monkeypatch):
     found = []
-    for block_bytes in (2 << 20, 80):  # all at once, and ten float64 at a time, across the tensors' edges
+    # all at once; 64 float64 at a time, across the tensors' edges; and tensors of twenty elements by themselves, as on a GPU
+    for block_bytes, alone in ((2 << 20, {}), (512, {}), (512, {"cpu": 20})):
         monkeypatch.setattr(fusing, "_BLOCK_BYTES", {"cpu": block_bytes})
+        monkeypatch.setattr(fusing, "_ALONE", alone)
         model = nn.ParameterDict(
-            {str(size): nn.Parameter(torch.zeros(size, dtype=torch.float16)) for size in (1, 23, 7, 0, 40)}
+            {str(size): nn.Parameter(torch.zeros(size, dtype=torch.float16)) for size in (1, 23, 7, 0, 40, 300)}
         )
         average = make(model)
         for number in range(4):
@@ -197,4 +199,30 @@ def test_how_much_is_worked_on_at_a_time_changes_no_bit(make, monkeypatch):
             average.update(*[float(number)] * isinstance(average, BestAverage))
             average.averaged_state_dict()
         found.append(average.averaged_state_dict())
-    assert_same_bits(*found)
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("make", [RunningAverage, ExponentialAverage, lambda model: BestAverage(model, k=2)])
+def test_many_tensors_are_copied_in_lists_of_one_kind_to_aligned_places(make, monkeypatch):
+    """Up to torch 2.10 a GPU writes a list of several dtypes as if all had the first one's: over the memory behind."""
+    given, copy = [], torch._foreach_copy_
+
+    def watched(targets, sources):
+        given.extend({(tensor.device, tensor.dtype) for tensor in tensors} for tensors in (targets, sources))
+        return copy(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    dtypes = torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.complex64
+    model = nn.ParameterDict(
+        {str(place): nn.Parameter(torch.zeros(5 + place, dtype=dtype)) for place, dtype in enumerate(2 * dtypes)}
+    )
+    average = make(model)
+    for number in range(4):
+        average.update(*[float(number)] * isinstance(average, BestAverage))
+        average.averaged_state_dict()
+    with average.applied():
+        pass
+    assert given
+    assert all(len(kinds) <= 1 for kinds in given)
+    assert all(part.storage_offset() % 64 == 0 for part in fusing.empty_parts(list(model.values()), 5 * dtypes[:2]))

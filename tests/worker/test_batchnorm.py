@@ -45,12 +45,14 @@ def test_no_random_number_is_drawn_and_dropout_is_off():
     assert model[1].running_mean.tolist() == [1, 1]
 
 
-def test_ranks_with_unequal_shares_get_the_statistics_of_all_batches():
+@pytest.mark.parametrize("kind", [nn.parallel.DistributedDataParallel, nn.SyncBatchNorm.convert_sync_batchnorm])
+def test_ranks_with_unequal_shares_get_the_statistics_of_all_batches(kind):
     def recalibrate(rank):
-        model = nn.parallel.DistributedDataParallel(build())
+        model = kind(build())
         own = batches(7)[:2] if rank == 0 else batches(7)[2:] if rank == 1 else []
         runmgr.recalibrate_batch_norm(model, own)
-        return copied(model.module.state_dict())
+        assert not any("forward" in vars(part) for part in model.modules())
+        return copied(getattr(model, "module", model).state_dict())
 
     found = values(run_ranks(3, recalibrate, store="group"))
     reference = build()

@@ -152,11 +152,11 @@ def test_the_error_of_a_background_save_comes_with_the_next_question(tmp_path, a
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 @pytest.mark.parametrize("block", [True, False])
 def test_with_warn_training_goes_on_until_the_third_failure_in_a_row(tmp_path, block, kind):
-    model = nn.Linear(100, 100)
+    model = nn.Linear(300, 300)
     with small_disk(tmp_path / "disk", 4 << 20, kind) as disk:
         with runmgr.start_run("full", ckpt_root_dir=disk, on_save_error="warn") as run:
             run.save({"net": model}, epoch=1)
-            (disk / "room").write_bytes(b"0" * 20_000)
+            (disk / "room").write_bytes(b"0" * 150_000)
             ballast = fill(disk)
             (disk / "room").unlink()  # enough for records, not for a checkpoint
             for epoch in (2, 3):

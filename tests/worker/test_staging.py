@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_the_memory_is_reused_by_the_next_copy(stage):
 
 
 def test_reserved_memory_is_used_and_more_is_added_when_it_does_not_do(stage):
-    stage.reserve(5000, pinned=False)
+    stage.reserve(5000)
     stage.settle()
     (block,) = stage._blocks
     copied = stage.copy({"a": torch.ones(1000), "b": torch.ones(1000)})
@@ -73,7 +75,7 @@ def test_reserved_memory_is_used_and_more_is_added_when_it_does_not_do(stage):
 def test_where_memory_is_short_nothing_is_copied(stage, monkeypatch):
     monkeypatch.setattr(staging, "available_bytes", lambda: 1000)
     assert stage.copy({"a": torch.ones(1000)}) is None
-    stage.reserve(4000, pinned=False)
+    stage.reserve(4000)
     stage.settle()
     assert stage._blocks == []
 
@@ -84,6 +86,39 @@ def test_gradients_and_conjugation_do_not_travel(stage):
     assert not copied["p"].requires_grad
     assert torch.equal(copied["c"], torch.full((2,), -1j))
     assert not copied["c"].is_conj()
+
+
+class Driver:
+    """In the place of CUDA's runtime, for machines without one; tests/test_device.py asks a real one."""
+
+    def __init__(self, refuses):
+        self.refuses = refuses
+        self.pinned = {}
+
+    def cudaHostRegister(self, address, size_bytes, flags):  # noqa: N802
+        assert flags == 1
+        if not self.refuses:
+            self.pinned[address] = size_bytes
+        return int(self.refuses)
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        ctypes.string_at(address, self.pinned.pop(address))  # is still mapped
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_memory_for_a_gpu_is_pinned_to_the_byte_and_given_back(stage, monkeypatch, refuses):
+    driver = Driver(refuses)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    stage.reserve(5000, pinned_for=torch.device("cuda:1"))
+    stage.settle()
+    (block,) = stage._blocks
+    assert block.is_pinned
+    place = block.take(5000).fill_(7).data_ptr()
+    assert driver.pinned == ({} if refuses else {place: 5000})
+    del block
+    stage.release()
+    assert driver.pinned == {}
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
@@ -102,7 +137,7 @@ def test_memory_that_cannot_be_had_after_all_is_memory_that_is_short(stage, monk
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     monkeypatch.setattr(threading, "excepthook", told.append)
-    stage.reserve(4000, pinned=False)
+    stage.reserve(4000)
     stage.settle()
     assert stage.copy({"a": torch.ones(1000)}) is None
     assert told == [], "a thread that only prepares does not fail loudly"
