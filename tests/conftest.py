@@ -57,6 +57,23 @@ def root(tmp_path) -> Path:
     return tmp_path / "checkpoints"
 
 
+# Their tests take minutes together, and share nothing.
+SPREAD = ("tests/test_pages.py", "tests/test_resume.py", "tests/worker/test_every_call.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep a file's tests together, for its fixtures; those of some files go to whoever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file in SPREAD else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if "needs" in item.keywords:

@@ -26,6 +26,7 @@ import torch._dynamo
 import torch.distributed as dist
 import torch.utils.tensorboard
 from filelock import FileLock, SoftFileLease  # noqa: F401
+from sizes import size
 
 with contextlib.suppress(ModuleNotFoundError):  # before torch 2.7
     import torch.utils.serialization.config  # noqa: F401
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TORCHRUN_RANKS = int(os.environ.get("RUNMGR_RANKS", "3"))  # 8 in CI: each is an interpreter that imports torch
+TORCHRUN_RANKS = size(3, 8)  # each is an interpreter that imports torch
 LAUNCH_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RUNMGR_LAUNCH_ID",

@@ -1,6 +1,6 @@
 """Whoever changes runs is killed at each system call that changes something: each run is whole, where it was or in the trash.
 
-All points are tried where RUNMGR_ALL_POINTS is set, as in CI; otherwise every fourth, a different set for each command.
+All points are tried in CI, see `sizes.py`; otherwise every fourth, a different set for each command.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 import torch
 from disk.shelves import open_shelf
 from disk.syscalls import in_child, with_fault
+from sizes import size
 
 import runmgr
 from runmgr.disk import care, checkpoints, directory, pins, pruning, record, tags, trash, verification  # noqa: F401
@@ -25,7 +26,8 @@ CHANGING = {
     "write", "fsync", "link", "linkat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat",
     "utimensat", "copy_file_range", "fchmod", "ftruncate",
 }  # fmt: skip
-STEP = 1 if os.environ.get("RUNMGR_ALL_POINTS") else 4
+pytestmark = pytest.mark.scales
+STEP = size(4, 1)
 # What each command does, to the first of three runs; pruning takes two. Those of the second row need the first row done.
 COMMANDS = {
     "rm": lambda run, *_: care.remove_run(run),

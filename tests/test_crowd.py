@@ -1,7 +1,4 @@
-"""Twenty processes prune, remove, list and tag in one experiment, in which one trains: nothing live or protected is lost.
-
-For a few seconds; for as many as RUNMGR_CROWD_S says where it is set, as in CI.
-"""
+"""Twenty processes prune, remove, list and tag in one experiment, in which one trains: nothing live or protected is lost."""
 
 from __future__ import annotations
 
@@ -13,13 +10,15 @@ import random
 import time
 import traceback
 
+import pytest
 import torch
+from sizes import size
 
 import runmgr
 from runmgr import cli
 from runmgr.disk import care, checkpoints, directory, pruning, record, trash, verification
 
-SECONDS = float(os.environ.get("RUNMGR_CROWD_S", "5"))
+SECONDS = size(5, 60)
 CROWD = {"prune": 5, "rm": 4, "ls": 5, "tag": 5, "restore": 1}  # twenty
 
 
@@ -138,6 +137,7 @@ def _value(pid, told):
     return answer["value"]
 
 
+@pytest.mark.scales
 def test_nothing_live_or_protected_is_lost_and_no_listing_fails_while_twenty_prune_remove_list_and_tag(root, tmp_path):
     told = tmp_path / "told"
     told.mkdir()

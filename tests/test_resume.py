@@ -15,12 +15,13 @@ import torch
 import torch.utils.tensorboard
 from logged_digits import die_at, log_every_step
 from processes import REPOSITORY, agent, clean_environment, descendants, end_ranks, kill, start_ranks
+from sizes import size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import runmgr
 from runmgr.examples import digits
 
-KILLS = int(os.environ.get("RUNMGR_KILLS", "1"))  # of ranks under one torchrun; 20 in CI
+KILLS = size(1, 20)  # of ranks under one torchrun
 EPOCHS = {2: 10, 4: 5}
 AVERAGED_EPOCHS = 11
 STEPS_AN_EPOCH = {2: 19, 4: 10}

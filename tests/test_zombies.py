@@ -10,12 +10,14 @@ import time
 import pytest
 import zombies
 from children import Child
+from sizes import size
 
 from runmgr.disk import directory
 
-MOMENTS = int(os.environ.get("RUNMGR_ZOMBIES", "6"))  # 50 in CI
+MOMENTS = size(6, 50)
 
 
+@pytest.mark.scales
 @pytest.mark.timeout(600)
 def test_a_stopped_rank_0_that_wakes_up_changes_nothing(root):
     dice = random.Random(0)

@@ -13,6 +13,7 @@ import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import REPOSITORY, clean_environment
+from sizes import size
 
 from runmgr import cli
 from runmgr.disk import summary
@@ -218,8 +219,9 @@ def fuzzed(animals, tmp_path_factory):
     return root
 
 
+@pytest.mark.scales
 @settings(
-    max_examples=int(os.environ.get("RUNMGR_FUZZ", "15")),
+    max_examples=size(15, 300),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -1,7 +1,7 @@
 """What Chromium draws of real trainings: the curve of one that was killed and resumed twice, and a sweep in HParams.
 
-RUNMGR_BROWSER=1 bash scripts/test.sh tests/browser runs it; with RUNMGR_SCREENSHOT=docs/tensorboard.png it also takes the
-picture that the README shows.
+RUNMGR_THOROUGH=1 bash scripts/test.sh -m long tests/browser runs it; with RUNMGR_SCREENSHOT=docs/tensorboard.png it also takes
+the picture that the README shows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import runmgr
 from runmgr.examples import digits
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get("RUNMGR_BROWSER"), reason="takes a minute; RUNMGR_BROWSER=1 asks for it"),
+    pytest.mark.long,
     pytest.mark.needs("chromium"),
     pytest.mark.needs("playwright"),
 ]

@@ -20,7 +20,7 @@ import runmgr
 
 pytestmark = [
     pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip"), pytest.mark.needs("glusterd"),
-    pytest.mark.timeout(900),
+    pytest.mark.long, pytest.mark.timeout(900),
 ]  # fmt: skip
 JOB = Path(__file__).with_name("elastic_job.py")
 QUICK = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3"

@@ -10,7 +10,7 @@ import pytest
 from filesystems import give_own_disks, share_by_sshfs
 from hosts import SHARED, hosts
 
-pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip")]
+pytestmark = [pytest.mark.long, pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip")]
 IMPATIENT = (
     "import sys; from runmgr.disk import probe_hosts as p; p.follow.__kwdefaults__['limit_s'] = 3.0; "
     "p.leading.__wrapped__.__kwdefaults__['limit_s'] = 3.0; from runmgr.cli import main; sys.exit(main())"

@@ -11,6 +11,7 @@ JOB = Path(__file__).with_name("restore_job.py")
 _FILE_BYTES = 8 * (8 << 20)
 
 
+@pytest.mark.long
 @pytest.mark.needs("root")
 @pytest.mark.needs("nsenter")
 @pytest.mark.needs("ip")

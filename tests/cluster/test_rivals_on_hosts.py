@@ -21,7 +21,7 @@ from runmgr.disk import lease as leases
 
 pytestmark = [
     pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip"), pytest.mark.needs("nft"),
-    pytest.mark.needs("glusterd"), pytest.mark.timeout(900),
+    pytest.mark.needs("glusterd"), pytest.mark.long, pytest.mark.timeout(900),
 ]  # fmt: skip
 ROUNDS = 50
 SHORT_LEASES = 4

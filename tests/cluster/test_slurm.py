@@ -13,7 +13,8 @@ from pages import blocks
 from processes import REPOSITORY
 from slurm import CREDENTIALS_S, LAUNCH, Slurm
 
-pytestmark = [pytest.mark.needs(tool) for tool in ("root", "nsenter", "ip", "slurmctld", "slurmd", "munged", "setpriv")]
+TOOLS = ("root", "nsenter", "ip", "slurmctld", "slurmd", "munged", "setpriv")
+pytestmark = [pytest.mark.long, *(pytest.mark.needs(tool) for tool in TOOLS)]
 JOB = Path(__file__).with_name("slurm_job.py")
 PYTHON = f"{sys.executable} {JOB}"
 ENDLESS = "1000000"

@@ -12,7 +12,7 @@ from filesystems import CACHING, give_own_disks, share_by_sshfs, slow_cable
 from hosts import SHARED, hosts
 
 HERE = Path(__file__).parent
-pytestmark = [pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip")]
+pytestmark = [pytest.mark.long, pytest.mark.needs("root"), pytest.mark.needs("nsenter"), pytest.mark.needs("ip")]
 LAUNCHES = 10
 REMEMBERING = Path("/mnt/remembering")  # for 10 s, also what was missing
 

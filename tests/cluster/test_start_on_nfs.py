@@ -18,6 +18,7 @@ for launch in 1 2 3 4 5; do {python} claim_job.py /mnt/shared $(cat /mnt/signals
 """
 
 
+@pytest.mark.long
 @pytest.mark.needs("root")
 @pytest.mark.needs("ip")
 @pytest.mark.needs("ethtool")

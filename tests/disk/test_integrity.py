@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from disk.syscalls import deny, in_child
+from sizes import size
 from torch import nn
 
 import runmgr
@@ -23,9 +24,7 @@ from runmgr import cli
 from runmgr.disk import checkpoints, directory, integrity
 from runmgr.errors import CheckpointCorrupt
 
-STEP = (
-    1 if os.environ.get("RUNMGR_ALL_POINTS") else 5
-)  # of the bytes that are flipped; odd, so that each bit has its turn
+STEP = size(5, 1)  # of the bytes that are flipped; odd, so that each bit has its turn
 
 
 @pytest.fixture
@@ -43,6 +42,7 @@ def _rewrite(path, content):
     path.write_bytes(content)
 
 
+@pytest.mark.scales
 def test_every_single_flipped_byte_is_noticed(saved):
     run, entries = saved
     path = entries[0].path_in(run)

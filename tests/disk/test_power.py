@@ -1,6 +1,6 @@
 """The power fails at a random moment: everything that was not synced is gone, every save that was reported is there.
 
-A real ext4 on a loop device is shut down without writing its journal, and mounted again. RUNMGR_POWER_CUTS sets how often.
+A real ext4 on a loop device is shut down without writing its journal, and mounted again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import time
 import pytest
 import torch
 from processes import run_ranks, values
+from sizes import size
 
 import runmgr
 from runmgr.disk import checkpoints, directory
 
-CUTS = int(os.environ.get("RUNMGR_POWER_CUTS", "4"))
+CUTS = size(4, 100)
 _SHUTDOWN, _WITHOUT_JOURNAL, _NEW_MOUNTS = 0x8004587D, 2, 0x00020000
 
 
@@ -54,6 +55,7 @@ def _train(mount, run_id, reports, *, block):
         os._exit(0)
 
 
+@pytest.mark.scales
 @pytest.mark.needs("root")
 @pytest.mark.needs("mkfs.ext4")
 @pytest.mark.timeout(600)

@@ -10,6 +10,7 @@ import pytest
 from disk.holders import hold
 from disk.shelves import open_shelf, save
 from processes import kill
+from sizes import size
 
 from runmgr.disk import atomic, catalog, claiming, directory, lease, pins, record, trash
 from runmgr.errors import InvalidInput, RunBusy, RunNotFound, RunProtected
@@ -115,10 +116,11 @@ def test_of_many_removals_at_once_exactly_one_moves_the_run(run):
     assert not run.path.exists()
 
 
+@pytest.mark.scales
 def test_of_many_removals_and_starts_at_once_one_goes_on_and_no_part_of_a_run_is_left(tmp_path):
     experiment = directory.Experiment(tmp_path, "experiment")
     ends = set()
-    for _ in range(60 if os.environ.get("RUNMGR_ALL_POINTS") else 3):
+    for _ in range(size(3, 60)):
         run, _ = claiming.create_run(experiment, "token")
 
         def act(number, run=run):

@@ -18,6 +18,7 @@ import zipfile
 import pytest
 import torch
 from processes import REPOSITORY, clean_environment, run_ranks, values
+from sizes import size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from worker.faults import fill, small_disk
@@ -26,7 +27,7 @@ import runmgr
 from runmgr.errors import RankFailed
 from runmgr.worker import writing
 
-SAVES = 1000 if os.environ.get("RUNMGR_ALL_POINTS") else 200  # in a row
+SAVES = size(200, 1000)  # in a row
 
 
 def _load(run, name="latest"):
@@ -306,6 +307,7 @@ def test_whatever_ends_the_process_the_new_or_the_old_checkpoint_is_whole(root, 
     assert not list(run.path.rglob("*.tmp-*"))
 
 
+@pytest.mark.scales
 def test_hundreds_of_saves_leave_no_thread_descriptor_or_temporary():
     model = nn.Linear(2, 2)
     with runmgr.start_run("many", system_metrics_every_s=None) as run:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_ranks, values
+from sizes import size
 from test_averaging import assert_same_bits, copied
 from torch import nn
 
@@ -20,8 +21,8 @@ from runmgr.worker.averaging import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 from runmgr.worker.state import local_part
 
-WORLDS = (2, 4, 8) if os.environ.get("RUNMGR_MANY_RANKS") else (2, 4)
-SHARDED_WORLDS = (1, *WORLDS) if os.environ.get("RUNMGR_MANY_RANKS") else (2,)  # with four kinds each
+WORLDS = size((2, 4), (2, 4, 8))
+SHARDED_WORLDS = size((2,), (1, *WORLDS))  # with all kinds each
 KINDS = {
     "best": lambda model: BestAverage(model, k=2),
     "running": RunningAverage,
@@ -89,6 +90,7 @@ def average_all(rank, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.scales
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_gets_the_bits_of_rank_0_alone_though_its_buffers_are_its_own(kind, world):
     alone, applied = average_all(0, kind)
@@ -137,6 +139,7 @@ def resident_bytes():
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.scales
 @pytest.mark.parametrize("world", [1, *WORLDS])
 def test_a_rank_holds_its_share_of_the_accumulators_and_little_more(world, sharded):
     """By what the average refers to, and by how much the process grew."""
@@ -258,6 +261,7 @@ def whole(state):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.scales
 @pytest.mark.parametrize("world", SHARDED_WORLDS)
 def test_a_sharded_model_is_averaged_in_its_shards_to_the_bits_of_a_whole_one(kind, world):
     found = values(run_ranks(world, fully_sharded, kind, store="group"))
