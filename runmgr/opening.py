@@ -165,7 +165,7 @@ def _choose(request: Request, launches: list[Launch]) -> _Choice:
     if request.resume == "latest":
         for run_id in catalog.run_ids(experiment):
             run = experiment.run(run_id)
-            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run):
+            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run) or checkpoints.read_all(run):
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind

@@ -52,6 +52,14 @@ def test_ls_lists_experiments_and_runs_newest_first(runs, capsys):
     assert (listed["run_id"], listed["status"], listed["tags"]) == (runs[1].name, "completed", ["night"])
 
 
+def test_ls_says_when_no_run_has_the_metric_of_a_condition(runs, capsys, root):
+    status, out, err = _call(capsys, "ls", "digits", "--where", "ac>0.9")
+    assert (status, out) == (0, "")
+    assert err == f"no such runs in {root / 'digits'}; none of the newest has saved a metric 'ac'; did you mean acc?\n"
+    assert _call(capsys, "ls", "digits", "--where", "acc>0.9")[2] == f"no such runs in {root / 'digits'}\n"
+    assert "a metric 'ac'; did you mean acc?" in _call(capsys, "ls", "--where", "ac>0.9")[2]
+
+
 def test_show_says_how_a_run_ended(runs, capsys):
     status, out, _ = _call(capsys, "show", "digits/best")
     assert status == 0

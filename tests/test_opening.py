@@ -66,6 +66,21 @@ def test_latest_in_a_requeued_job_is_the_jobs_own_run_though_another_one_is_newe
     assert in_process(JOB | {"SLURM_RESTART_COUNT": "1"}, save_too, resume="latest") == (old[0], 3)
 
 
+def test_latest_is_the_newest_run_that_saved_though_its_name_is_gone(root):
+    def save(**options):
+        with runmgr.start_run("x", **options) as run:
+            progress = run.restore(state := {"n": run.attempt})
+            run.save(state, epoch=progress.epoch + 1)
+            return run.run_id, progress.epoch
+
+    in_process({}, save)
+    newest, _ = in_process({}, save)
+    in_process({})  # saved nothing
+    (root / "x" / newest / "ckpt_latest.pth").unlink()
+    assert in_process({}, save, resume="latest") == (newest, 1)
+    assert (root / "x" / newest / "ckpt_latest.pth").exists()
+
+
 def test_a_start_that_fails_leaves_the_jobs_training_to_the_next_one(root):
     (first, _) = in_process(JOB, monitor="loss", mode="min")
     requeued = JOB | {"SLURM_RESTART_COUNT": "1"}

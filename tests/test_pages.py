@@ -6,7 +6,7 @@ import pytest
 from pages import DOCUMENTS, agrees, blocks, follow, project
 from processes import REPOSITORY
 
-QUICK = ("docs/averages.md", "docs/cli.md", "docs/logs.md", "docs/soup.md")
+QUICK = ("docs/averages.md", "docs/cli.md", "docs/logs.md")
 NEEDED = {"docs/how-to/backups.md": "rsync", "docs/how-to/wandb.md": "wandb"}
 PAGES = [page for page in DOCUMENTS if blocks(page.read_text(), "console") and page.name != "README.md"]  # test_docs.py
 

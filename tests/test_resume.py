@@ -123,6 +123,7 @@ def _train_with_kills(root, folder, ranks, warm_up=None):
     assert len(events.Scalars("val/accuracy")) == EPOCHS[ranks]
 
 
+@pytest.mark.long
 def test_two_ranks_killed_at_random_moments_end_bit_identical(tmp_path):
     assert _launch(tmp_path / "straight", tmp_path, 2)
     _train_with_kills(tmp_path / "killed", tmp_path, 2)

@@ -123,6 +123,7 @@ def test_under_torchrun_before_and_after_init_process_group_and_twice_in_a_scrip
         assert [reports[f"{name}.{rank}.1"] for rank in (0, 1)] == [[path.name, rank, 2, 1, False] for rank in (0, 1)]
 
 
+@pytest.mark.long
 def test_a_torchrun_restart_continues_the_run_and_never_hears_the_old_answers(tmp_path, root):
     done, reports = under_torchrun(
         tmp_path,

@@ -11,8 +11,8 @@ from runmgr.cli import references, tables
 from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
 from runmgr.disk.filters import STATUSES, Filter
-from runmgr.disk.metrics import value_of
-from runmgr.disk.summary import mapping
+from runmgr.disk.metrics import metric_names, value_of
+from runmgr.disk.summary import mapping, nobody
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from runmgr.disk.summary import Progress
 
+_MOST_ASKED = 20
 _EXPERIMENTS = (Column("EXPERIMENT"), Column("LATEST RUN"))
 _RUNS = (
     Column("RUN"),
@@ -88,11 +89,28 @@ def _ls(given: argparse.Namespace) -> int:
     elif runs:
         tables.print_table(columns, rows)
     else:
-        print(f"no {'such ' * (not wanted.lets_all_through)}runs in {root / (given.experiment or '')}", file=sys.stderr)
+        such, unknown = "such " * (not wanted.lets_all_through), _unknown_metric(wanted, names, root)
+        print(f"no {such}runs in {root / (given.experiment or '')}{unknown}", file=sys.stderr)
     return 0
 
 
-def _found(name: str, root: Path, wanted: Filter, limit: int | None, advance: Progress) -> Iterator[catalog.RunInfo]:
+def _unknown_metric(wanted: Filter, names: list[str], root: Path) -> str:
+    """Say of which metric a condition is that none of the newest runs has saved, if there is one."""
+    newest = (run for name in names for run in _found(name, root, Filter(), limit=_MOST_ASKED))
+    known = (
+        {"epoch", "step"}.union(*(metric_names(run.best, run.latest) for run in newest)) if wanted.conditions else set()
+    )
+    unknown = [condition.name for condition in wanted.conditions if condition.name not in known]
+    return (
+        f"; none of the newest has saved a metric {unknown[0]!r}{catalog.nearest(unknown[0], sorted(known))}"
+        if unknown
+        else ""
+    )
+
+
+def _found(
+    name: str, root: Path, wanted: Filter, limit: int | None, advance: Progress = nobody
+) -> Iterator[catalog.RunInfo]:
     """Yield an experiment's runs, newest first; one that may not be listed is named and does not hide the others."""
     try:
         yield from catalog.find(name, root, wanted, limit=limit, advance=advance)

@@ -11,7 +11,7 @@ from runmgr.worker import agreement
 from runmgr.worker.fusing import copy_all
 from runmgr.worker.sharding import Layout, flat_in_order_of, is_dense
 from runmgr.worker.staging import map_tensors
-from runmgr.worker.state import is_sharded, local_part, module_state, parameters_of, sharded_like
+from runmgr.worker.state import beside, is_sharded, local_part, module_state, parameters_of, sharded_like
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -92,19 +92,9 @@ def set_aside(tensor: Tensor) -> Tensor:
     """Copy this rank's part of a tensor, to host memory where its device has no room."""
     local = local_part(tensor).detach()
     try:
-        return _beside(tensor, local.clone())
+        return beside(tensor, local.clone())
     except torch.OutOfMemoryError:
-        return _beside(tensor, local.cpu())
-
-
-def _beside(tensor: Tensor, local: Tensor) -> Tensor:
-    """Return what `with_local_part` does, but never moved to the device that the shards are exchanged on."""
-    if not is_sharded(tensor):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    make: Any = DTensor
-    return make(local, tensor._spec, requires_grad=False)  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001  # as torch's FSDP2
+        return beside(tensor, local.cpu())
 
 
 @torch.no_grad()

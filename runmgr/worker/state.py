@@ -101,6 +101,17 @@ def with_local_part(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     )
 
 
+def beside(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return what `with_local_part` does, but on the shard's own device, which need not be the one that shards travel on."""
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    make: Any = DTensor  # as torch's FSDP2 makes one of a shard
+    placed: Any = like
+    return make(local, placed._spec, requires_grad=False)  # type: ignore[no-any-return]  # noqa: SLF001
+
+
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters, which are no buffers, under the keys of `module_state`."""
     return {_clean(name): parameter for name, parameter in unwrap(module).named_parameters(remove_duplicate=False)}

@@ -1,6 +1,6 @@
 """A save is killed, or refused by the disk, at each of its system calls; whatever was there before is still there.
 
-All points are tried in CI, see `sizes.py`; otherwise every twentieth, a different set for each case.
+All points are tried in CI, see `sizes.py`; otherwise every fortieth, a different set for each case.
 RUNMGR_ALL_ERRORS tries each error at each point; otherwise the errors take turns.
 """
 
@@ -25,7 +25,7 @@ from runmgr.disk import checkpoints, directory
 CALLS = ("openat", "write", "fsync", "link,linkat", "rename,renameat,renameat2", "unlink,unlinkat", "mkdir,mkdirat")
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EACCES", "EROFS", "ESTALE", "EINTR")
 pytestmark = pytest.mark.scales
-STEP = size(20, 1)
+STEP = size(40, 1)
 ROUNDS = len(ERRORS) if os.environ.get("RUNMGR_ALL_ERRORS") else 1
 CASES = ("first", "overwriting", "retention", "background", "average", "copying")
 

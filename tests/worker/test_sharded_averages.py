@@ -21,7 +21,7 @@ from runmgr.worker.averaging import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 from runmgr.worker.state import local_part
 
-WORLDS = size((2, 4), (2, 4, 8))
+WORLDS = size((4,), (2, 4, 8))
 SHARDED_WORLDS = size((2,), (1, *WORLDS))  # with all kinds each
 KINDS = {
     "best": lambda model: BestAverage(model, k=2),
