@@ -54,6 +54,35 @@ def _ids(*paths):
     return [path.name for path in paths]
 
 
+# Verify
+
+
+def test_verify_all_tells_what_is_damaged_in_any_run(root, capsys):
+    first, second, other = _train(), _train(), _train(experiment="other")
+    (root / ".hidden").mkdir()
+    sizes = "sizes and tables of contents; --deep reads every byte"
+    assert _call(capsys, "verify", "--all") == (0, f"3 checkpoints of 3 runs, 0 damaged ({sizes})\n", "")
+    assert _call(capsys, "verify", "--all", "digits")[1] == f"2 checkpoints of 2 runs, 0 damaged ({sizes})\n"
+    damage(first / ".runmgr" / "checkpoints" / "0001-000001.pth", 3000)
+    assert _call(capsys, "verify", "--all")[0] == 0
+    status, out, _ = _call(capsys, "verify", "--all", "--deep")
+    assert status == 1
+    damaged, problem, summary = out.splitlines()
+    assert damaged == f"DAMAGED  digits/{first.name}/0001-000001.pth  ckpt_latest.pth, ckpt_best.pth"
+    assert "does not match its CRC-32" in problem
+    assert summary == "3 checkpoints of 3 runs, 1 damaged (every byte read)"
+    _, out, _ = _call(capsys, "verify", "--all", "--deep", "--json")
+    told = {entry["run_id"]: entry["checkpoints"][0]["problem"] for entry in json.loads(out)}
+    assert {name for name, problem in told.items() if problem is None} == {second.name, other.name}
+    (second / "run.json").write_text(json.dumps(json.loads((second / "run.json").read_text()) | {"format": 99}))
+    status, out, err = _call(capsys, "verify", "--all", "digits")
+    assert (status, out) == (1, f"1 checkpoints of 1 runs, 0 damaged ({sizes})\n")
+    assert "format" in err
+    assert second.name in err
+    assert _call(capsys, "verify")[2] == "runmgr: give a run, or --all\n"
+    assert "did you mean digits?" in _call(capsys, "verify", "--all", "digit")[2]
+
+
 # Tags
 
 

@@ -20,7 +20,7 @@ SURFACE = {
     "compare": f"run... --all {PLOT} {COMMON}",
     "logs": f"run -f/--follow --rank -n/--lines --wait {COMMON}",
     "completion": "shell",
-    "verify": f"run --deep {COMMON}",
+    "verify": f"[run] --all --deep {COMMON}",
     "tag": f"run tag... {COMMON}",
     "untag": f"run tag... {COMMON}",
     "pin": f"run [file] {COMMON}",

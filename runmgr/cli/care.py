@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runmgr.cli import references, tables, units
-from runmgr.disk import checkpoints, directory, exporting, pins, tags, verification
+from runmgr.disk import catalog, checkpoints, directory, exporting, pins, tags, verification
+from runmgr.errors import InvalidInput, RunError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+
+    from runmgr.disk.checkpoints import Checkpoint
 
 _MB = 1_000_000
 _FILE = "latest (the default), best, average or a file name"
@@ -19,7 +24,10 @@ _FILE = "latest (the default), best, average or a file name"
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the commands of this file."""
     verify = commands.add_parser("verify", help="check that a run's checkpoints are whole", allow_abbrev=False)
-    verify.add_argument("run", help=references.REFERENCE)
+    verify.add_argument("run", nargs="?", help=f"{references.REFERENCE}; with --all an experiment")
+    verify.add_argument(
+        "--all", action="store_true", help="check all runs, of one experiment or of all, and print what is wrong"
+    )
     verify.add_argument("--deep", action="store_true", help="read every byte, not only sizes and tables of contents")
     verify.set_defaults(command=_verify)
     references.add_common_options(verify)
@@ -55,26 +63,52 @@ def _found(given: argparse.Namespace) -> directory.RunDirectory:
 
 def _verify(given: argparse.Namespace) -> int:
     """Check each object against its record and each public name against its object; status 1 if anything is wrong."""
-    run = _found(given)
-    entries = checkpoints.listed(run)
-    if given.deep:
-        total = sum(entry.size_bytes for entry in entries)
-        with tables.counting("MB checked", total, unit=_MB) as on_bytes:
-            found = list(verification.check(run, entries, on_bytes))
-    else:
-        found = list(verification.check(run, entries))
-    damaged = [item for item in found if item.problem]
+    listed, unread = _listed(given)
+    total = sum(entry.size_bytes for _, entries in listed for entry in entries)
+    with tables.counting("MB checked", total, unit=_MB) if given.deep else nullcontext() as on_bytes:
+        found = [(run, list(verification.check(run, entries, on_bytes))) for run, entries in listed]
+    damaged = sum(problem is not None for _, checked in found for _, problem in checked)
     if given.json:
-        told = [{"file": entry.object_name, "names": list(entry.names), "problem": problem} for entry, problem in found]
-        tables.print_json({"run_id": run.run_id, "deep": given.deep, "checkpoints": told})
+        told = [_as_json(run, checked, given) for run, checked in found]
+        tables.print_json(told if given.all else told[0])
     else:
-        for entry, problem in found:
-            print(f"{'DAMAGED' if problem else 'ok':<8} {entry.object_name}  {', '.join(entry.names)}".rstrip())
-            if problem:
-                print(f"         {problem}")
+        for run, checked in found:
+            for entry, problem in checked:
+                if problem or not given.all:
+                    name = f"{run.path.parent.name}/{run.run_id}/" * given.all + entry.object_name
+                    print(f"{'DAMAGED' if problem else 'ok':<8} {name}  {', '.join(entry.names)}".rstrip())
+                if problem:
+                    print(f"         {problem}")
+        of = f"{len(found)} runs" if given.all else found[0][0].run_id
         how = "every byte read" if given.deep else "sizes and tables of contents; --deep reads every byte"
-        print(f"{len(found)} checkpoints of {run.run_id}, {len(damaged)} damaged ({how})")
-    return 1 if damaged else 0
+        print(f"{sum(len(checked) for _, checked in found)} checkpoints of {of}, {damaged} damaged ({how})")
+    return 1 if damaged or unread else 0
+
+
+def _listed(given: argparse.Namespace) -> tuple[list[tuple[directory.RunDirectory, list[Checkpoint]]], int]:
+    """Return the runs that are meant with what their records list, and how many cannot be read, which stderr names."""
+    if not given.all:
+        if given.run is None:
+            raise InvalidInput("give a run, or --all")
+        return [(run := _found(given), checkpoints.listed(run))], 0
+    root, found, unread = references.root_of(given), [], 0
+    experiments = [given.run] if given.run is not None else references.experiments(root)
+    for experiment in experiments:
+        place = catalog.find_experiment(experiment, root)
+        for run in map(place.run, catalog.newest_ids(place)):
+            try:
+                found.append((run, checkpoints.listed(run)))
+            except (RunError, OSError) as error:
+                print(f"runmgr: {error}", file=sys.stderr)
+                unread += 1
+    return found, unread
+
+
+def _as_json(
+    run: directory.RunDirectory, checked: list[verification.Checked], given: argparse.Namespace
+) -> dict[str, Any]:
+    told = [{"file": entry.object_name, "names": list(entry.names), "problem": problem} for entry, problem in checked]
+    return {"run_id": run.run_id, "deep": given.deep, "checkpoints": told}
 
 
 def _change_tags(given: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from runmgr.disk.summary import Progress
+    from runmgr.disk.summary import OnProgress
 
 _MOST_ASKED = 20
 _EXPERIMENTS = (Column("EXPERIMENT"), Column("LATEST RUN"))
@@ -74,7 +74,7 @@ def _ls(given: argparse.Namespace) -> int:
     if given.experiment is None and wanted.lets_all_through:
         return _list_experiments(given)
     root = references.root_of(given)
-    names = [given.experiment] if given.experiment is not None else _experiments(root)
+    names = [given.experiment] if given.experiment is not None else references.experiments(root)
     with tables.progress("reading runs") as advance:
         limit = None if given.all else given.limit
         read = catalog.find if given.experiment is not None else _found
@@ -109,7 +109,7 @@ def _unknown_metric(wanted: Filter, names: list[str], root: Path) -> str:
 
 
 def _found(
-    name: str, root: Path, wanted: Filter, limit: int | None, advance: Progress = nobody
+    name: str, root: Path, wanted: Filter, limit: int | None, advance: OnProgress = nobody
 ) -> Iterator[catalog.RunInfo]:
     """Yield an experiment's runs, newest first; one that may not be listed is named and does not hide the others."""
     try:
@@ -118,14 +118,10 @@ def _found(
         print(f"runmgr: {error}", file=sys.stderr)
 
 
-def _experiments(root: Path) -> list[str]:
-    return [name for name in catalog.list_experiments(root) if _is_name(name)]
-
-
 def _list_experiments(given: argparse.Namespace) -> int:
     root = references.root_of(given)
     rows = []
-    for name in _experiments(root):
+    for name in references.experiments(root):
         try:
             rows.append((name, catalog.get_latest_run_id(name, root)))
         except PermissionError as error:
@@ -147,14 +143,6 @@ def _row(run: catalog.RunInfo) -> tuple[object, ...]:
     return (run.run_id, run.status, run.attempt, latest.get("epoch"), latest.get("step"), best, " ".join(run.tags))
 
 
-def _is_name(name: str) -> bool:
-    try:
-        directory.check_name(name, "experiment name")
-    except ValueError:
-        return False
-    return True
-
-
 def _latest(given: argparse.Namespace) -> int:
     root = references.root_of(given)
     run_id = catalog.get_latest_run_id(given.experiment, root)
@@ -169,6 +157,6 @@ def _latest(given: argparse.Namespace) -> int:
 def _best(given: argparse.Namespace) -> int:
     root = references.root_of(given)
     with tables.progress("reading runs") as advance:
-        run = catalog.best_run(given.experiment, given.metric, mode=given.mode, ckpt_root_dir=root, advance=advance)
+        run = catalog.best_run(given.experiment, given.metric, mode=given.mode, ckpt_root_dir=root, on_progress=advance)
     tables.print_json(run.as_json()) if given.json else print(run.run_id)
     return 0

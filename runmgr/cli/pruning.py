@@ -58,7 +58,7 @@ def _prune(given: argparse.Namespace) -> int:
     with tables.progress("reading runs") as advance:
         plan = pruning.plan_prune(
             given.experiment, keep_last=given.keep_last, keep_best=given.keep_best, older_than_s=given.older_than,
-            metric=given.metric, mode=given.mode, ckpt_root_dir=references.root_of(given), advance=advance,
+            metric=given.metric, mode=given.mode, ckpt_root_dir=references.root_of(given), on_progress=advance,
         )  # fmt: skip
     if not given.json:
         _print_plan(plan)

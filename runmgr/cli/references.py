@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runmgr.disk import directory, references
+from runmgr.disk import catalog, directory, references
 
 if TYPE_CHECKING:
     import argparse
@@ -29,6 +29,19 @@ def add_common_options(command: argparse.ArgumentParser) -> None:
 def root_of(given: argparse.Namespace) -> Path:
     """Return the root that is meant: a command belongs to the project it is typed in."""
     return directory.resolve_root(given.root) if given.root else directory.default_root(Path.cwd())
+
+
+def experiments(root: Path) -> list[str]:
+    """Return the names of the experiments under a root, without what can be none."""
+
+    def is_name(name: str) -> bool:
+        try:
+            directory.check_name(name, "experiment name")
+        except ValueError:
+            return False
+        return True
+
+    return list(filter(is_name, catalog.list_experiments(root)))
 
 
 def find(given: argparse.Namespace, reference: str | None = None) -> RunInfo:

@@ -13,7 +13,7 @@ from runmgr.disk import directory, record, summary
 from runmgr.disk import tags as tagging
 from runmgr.disk.directory import LATEST_NAME, RUN_PREFIX, Experiment, RunDirectory
 from runmgr.disk.metrics import is_better, metric_names, value_of
-from runmgr.disk.summary import Progress, nobody
+from runmgr.disk.summary import OnProgress, nobody
 from runmgr.errors import InvalidInput, RunNotFound
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def find(
     wanted: Filter,
     *,
     limit: int | None = None,
-    advance: Progress = nobody,
+    advance: OnProgress = nobody,
 ) -> Iterator[RunInfo]:
     """Yield the runs that are wanted, newest first, at most `limit`; `advance` hears how many of how many were looked at."""
     experiment = Experiment(
@@ -143,7 +143,7 @@ def find(
             yield run
 
 
-def look(experiment: Experiment, ids: Sequence[str], advance: Progress = nobody) -> Iterator[RunInfo]:
+def look(experiment: Experiment, ids: Sequence[str], advance: OnProgress = nobody) -> Iterator[RunInfo]:
     """Yield what the records of these runs say, in order; those that are gone by now are left out."""
     folder = experiment.path
     for run_id, content in summary.read_many(folder, ids, advance):
@@ -188,12 +188,12 @@ def best_run(
     *,
     mode: Mode | None = None,
     ckpt_root_dir: str | os.PathLike[str] | None = None,
-    advance: Progress = nobody,
+    on_progress: OnProgress | None = None,
 ) -> RunInfo:
     """Return the run whose best or latest checkpoint has the best value of `metric`; raises RunNotFound if none has it.
 
     Without `metric` it is the one that the newest run with a monitored metric watches; without `mode` the one of the
-    newest run that watches this metric, else "max".
+    newest run that watches this metric, else "max". `on_progress` gets how many runs of how many were looked at.
     """
     if mode not in {"max", "min", None}:
         raise InvalidInput(f"mode={mode!r} must be 'max' or 'min'")
@@ -207,7 +207,7 @@ def best_run(
     if metric is None:
         raise RunNotFound(f"no run in {path} has a monitored metric, so none is best; name a metric", path=str(path))
     best, best_value = None, None
-    for run_id, content in summary.read_many(experiment.path, ids[::-1], advance):  # ties keep the older
+    for run_id, content in summary.read_many(experiment.path, ids[::-1], on_progress or nobody):  # ties keep the older
         for checkpoint in (content.get("best"), content.get("latest")):
             value = value_of(checkpoint, metric)
             if is_better(value, best_value, mode):

@@ -15,7 +15,7 @@ from runmgr.disk import catalog, pins, record, summary, trash, usage
 from runmgr.disk.directory import Experiment, RunDirectory
 from runmgr.disk.filters import Filter
 from runmgr.disk.metrics import value_of
-from runmgr.disk.summary import Progress, nobody
+from runmgr.disk.summary import OnProgress, nobody
 from runmgr.errors import InvalidInput, RunBusy, RunError, RunNotFound, RunProtected
 
 if TYPE_CHECKING:
@@ -102,18 +102,19 @@ def plan_prune(
     metric: str | None = None,
     mode: Mode | None = None,
     ckpt_root_dir: str | os.PathLike[str] | None = None,
-    advance: Progress = nobody,
+    on_progress: OnProgress | None = None,
 ) -> PrunePlan:
     """Say which runs may go: those that are neither among the newest nor the best, and not touched for `older_than_s`.
 
     At least one of the three is needed. The best are judged by `metric` and `mode`, by default those that the newest run
     monitors. These stay whatever is asked: live runs; runs with a pinned checkpoint; runs whose checkpoint one that stays
     was forked from, in any experiment under the root; preempted ones, and others that ended unfinished less than ten
-    minutes ago, which their launch may continue; and what runmgr did not make or cannot read.
+    minutes ago, which their launch may continue; and what runmgr did not make or cannot read. `on_progress` gets how many
+    runs of how many were looked at.
     """
     _check_arguments(keep_last, keep_best, older_than_s)
     experiment = catalog.find_experiment(experiment_name, ckpt_root_dir)
-    runs = list(catalog.find(experiment_name, ckpt_root_dir, Filter(), advance=advance))
+    runs = list(catalog.find(experiment_name, ckpt_root_dir, Filter(), advance=on_progress or nobody))
     kept: dict[str, str] = {}
     going: dict[str, str] = {}
     best = _best(runs, keep_best, metric, mode) if keep_best else {}

@@ -29,7 +29,7 @@ _SLOW_S = 0.0003
 _THREADS = 32
 _decode = json.JSONDecoder().raw_decode
 
-Progress = Callable[[int, int], object]  # hears how many runs of how many were looked at
+OnProgress = Callable[[int, int], object]  # hears how many runs of how many were looked at
 
 
 def nobody(_done: int, _total: int) -> None:
@@ -62,7 +62,7 @@ def read(path: str) -> dict[str, Any]:
     return _read_whole(path)
 
 
-def read_many(folder: Path, ids: Sequence[str], advance: Progress = nobody) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_many(folder: Path, ids: Sequence[str], advance: OnProgress = nobody) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield runs with FIELDS of their records; where a read waits, as on network storage, many are read at once."""
     waits_s = []
     for done, run_id in enumerate(ids[:_CHUNK], start=1):
