@@ -9,5 +9,5 @@ Size = TypeVar("Size")
 
 
 def size(little: Size, all_of_it: Size) -> Size:
-    """Whoever asks is marked `scales`, so that CI runs it with all of it."""
+    """Whoever asks is marked `scales` or `long`, so that CI runs it with all of it."""
     return all_of_it if os.environ.get("RUNMGR_THOROUGH") else little

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
 from runmgr.disk.filters import STATUSES, Filter
 from runmgr.disk.metrics import metric_names, value_of
-from runmgr.disk.summary import mapping, nobody
+from runmgr.disk.summary import mapping
 from runmgr.errors import RunNotFound
 
 if TYPE_CHECKING:
@@ -96,11 +97,12 @@ def _ls(given: argparse.Namespace) -> int:
 
 def _unknown_metric(wanted: Filter, names: list[str], root: Path) -> str:
     """Say of which metric a condition is that none of the newest runs has saved, if there is one."""
-    newest = (run for name in names for run in _found(name, root, Filter(), limit=_MOST_ASKED))
-    known = (
-        {"epoch", "step"}.union(*(metric_names(run.best, run.latest) for run in newest)) if wanted.conditions else set()
-    )
-    unknown = [condition.name for condition in wanted.conditions if condition.name not in known]
+    known: set[str] = set()
+    for name in names if wanted.conditions else ():
+        with suppress(PermissionError):  # which was told before
+            for run in catalog.find(name, root, Filter(), limit=_MOST_ASKED):
+                known |= metric_names(run.best, run.latest) | {"epoch", "step"}
+    unknown = [condition.name for condition in wanted.conditions if known and condition.name not in known]
     return (
         f"; none of the newest has saved a metric {unknown[0]!r}{catalog.nearest(unknown[0], sorted(known))}"
         if unknown
@@ -108,9 +110,7 @@ def _unknown_metric(wanted: Filter, names: list[str], root: Path) -> str:
     )
 
 
-def _found(
-    name: str, root: Path, wanted: Filter, limit: int | None, advance: OnProgress = nobody
-) -> Iterator[catalog.RunInfo]:
+def _found(name: str, root: Path, wanted: Filter, limit: int | None, advance: OnProgress) -> Iterator[catalog.RunInfo]:
     """Yield an experiment's runs, newest first; one that may not be listed is named and does not hide the others."""
     try:
         yield from catalog.find(name, root, wanted, limit=limit, advance=advance)

@@ -21,7 +21,7 @@ from runmgr.worker.overlap import Overlap, OverlappingPairing, join
 from runmgr.worker.sharding import Layout, Piece, check_group, dense_like, dense_stride, flat
 from runmgr.worker.source import Source, check_same, is_averaged, set_aside, write_into
 from runmgr.worker.staging import map_tensors, mapping_like
-from runmgr.worker.state import load_module_state, local_part, module_state, unwrap, with_local_part
+from runmgr.worker.state import beside, load_module_state, local_part, module_state, unwrap, with_local_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +50,7 @@ class Average:
         own = module_state(self.model)
         result: Weights = mapping_like(own, dict(own))
         for key in self._source.layout.keys:
-            result[key] = with_local_part(own[key], dense_like(local_part(own[key])))
+            result[key] = beside(own[key], dense_like(local_part(own[key])))
         self._share([flat(local_part(result[key])) for key in self._source.layout.keys], own)
         result.update(self._shared_others(own))
         return result
@@ -296,7 +296,7 @@ class RunningAverage(Accumulated):
     call `update()` at their ends only. It takes weights as they are, also those that are not finite.
 
     Sums are float64, from which the mean comes to one rounding of the weights' type. With `dtype=torch.float32` they take
-    half the memory and the time of torch's `AveragedModel`, and n updates may leave n roundings in them.
+    half the memory, an update takes as long as one of torch's `AveragedModel`, and n updates may leave n roundings in them.
 
     `overlap_with=optimizer` lets an update on a GPU run beside the next forward and backward pass: the optimizer's step and
     what reads the average wait for it. Nobody but the optimizer may write to its parameters meanwhile.
@@ -333,7 +333,10 @@ class RunningAverage(Accumulated):
         return [{"states": self.count}]
 
     def _dtype_for(self, tensor: Tensor) -> torch.dtype:
-        return wide(tensor) if self.dtype == torch.float64 else torch.promote_types(tensor.dtype, self.dtype)
+        if self.dtype == torch.float64:
+            return wide(tensor)
+        is_narrow = tensor.is_floating_point() and tensor.element_size() < self.dtype.itemsize
+        return self.dtype if is_narrow else torch.promote_types(tensor.dtype, self.dtype)
 
     def _check(self) -> None:
         if not self.count:
@@ -418,7 +421,7 @@ def check_outlines(found: list[list[Any]]) -> None:
         if other != found[0]:
             raise InvalidInput(
                 f"an average is not the same on rank 0 ({found[0]}: kind, digest of the tensors, updates) and on rank "
-                f"{rank} ({other}); every rank must average the same model and call update() equally often"
+                f"{rank} ({other}); every rank must average the same model in the same dtype and call update() equally often"
             )
 
 

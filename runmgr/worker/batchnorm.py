@@ -81,17 +81,19 @@ def _in_training(model: nn.Module, norms: list[_Norm]) -> Iterator[None]:
     """Reset these layers, and let them, and no other part of the model, learn a cumulative mean."""
     modes = [(part, part.training) for part in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
+    # whose forward pass waits for a batch of every rank, and one may have fewer
+    synced = [norm for norm in norms if norm.forward == nn.SyncBatchNorm.forward.__get__(norm)]
     try:
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # what torch calls a cumulative mean
             norm.training = True
-            if isinstance(norm, nn.SyncBatchNorm):  # whose own waits for a batch of every rank; one may have fewer
-                norm.forward = partial(_Norm.forward, norm)  # type: ignore[method-assign]
+        for norm in synced:
+            norm.forward = partial(_Norm.forward, norm)  # type: ignore[method-assign]
         yield
     finally:
-        for norm in norms:
+        for norm in synced:
             vars(norm).pop("forward", None)
         for part, mode in modes:
             part.training = mode

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("runmgr.average")
 # What is worked on at a time stays in the processor's cache, and gives all of torch's threads work; on a GPU, in the device's.
 _BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 32 << 20}
-# The kernels for many tensors give each 65,536 elements to one of a GPU's processors. From so many elements on, a kernel for
-# one tensor, which uses all of them, is worth its launch.
+# The kernels for many tensors give each 65,536 elements to one of a GPU's processors, so a block keeps few of them at work.
+# From so many elements on a kernel for one tensor, which uses all, is worth its launch.
 _ALONE = {"cuda": 1 << 20}
 _ALIGNED = 64  # elements: there a GPU reads several at once
 
@@ -52,7 +52,8 @@ class Pairing:
         for target, source in zip(targets, sources, strict=True):
             kind = _Kind(target.device, target.dtype, source.device, source.dtype)
             is_local = kind.device == kind.source
-            if is_local and len(target) >= _ALONE.get(kind.device.type, math.inf):
+            is_simple = is_local and kind.source_dtype.itemsize > 1  # nothing promotes float8
+            if is_simple and len(target) >= _ALONE.get(kind.device.type, math.inf):
                 length = _block_bytes(kind.device.type) // kind.dtype.itemsize
                 self._alone += zip(torch.split(target, length), torch.split(source, length), strict=True)
                 continue
@@ -159,7 +160,7 @@ class ExactSum:
         for group in _cut(sums, targets):
             total = scratch.copies(0, _places(rests, group), _places(sums, group))
             torch._foreach_add_(total, _places(sums, group))
-            torch._foreach_div_(total, count)
+            _divide(total, count)
             copy_all(_places(targets, group), total)
 
 
@@ -168,7 +169,7 @@ def quotients_into(targets: list[Tensor], sums: list[Tensor], count: int) -> Non
     scratch = _Scratch()
     for group in _cut(sums, targets):
         found = scratch.copies(0, _places(sums, group), _places(sums, group))
-        torch._foreach_div_(found, count)
+        _divide(found, count)
         copy_all(_places(targets, group), found)
 
 
@@ -242,14 +243,20 @@ def copied_if_finite(targets: list[Tensor], sources: list[Tensor]) -> bool:
         return all(map(_copied_if_finite, targets, sources))
     copy_all(targets, sources)
     filled = [source for source in sources if len(source)]
-    are_finite = [norm.isfinite() for norm in torch._foreach_norm(filled, float("inf"))] if filled else []
-    return all(bool(torch.stack(found).all()) for found in _by_device(are_finite))
+    norms = torch._foreach_norm(filled, float("inf")) if filled else ()
+    return all(bool(torch.stack(alike).isfinite().all()) for alike in _by_kind(norms))
 
 
-def _by_device(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
-    found: dict[torch.device, list[Tensor]] = {}
+def _divide(tensors: list[Tensor], count: int) -> None:
+    """Divide tensors. Those of one kind at a time: else a GPU multiplies by the reciprocal, which may round otherwise."""
+    for alike in _by_kind(tensors):
+        torch._foreach_div_(alike, count)
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        found.setdefault(tensor.device, []).append(tensor)
+        found.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return found.values()
 
 

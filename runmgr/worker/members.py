@@ -74,7 +74,7 @@ class Member:
 
 def are_same_bits(some: list[Tensor], others: list[Tensor]) -> bool:
     """Whether flat tensors hold the same, bit for bit."""
-    if any(tensor.is_cuda for tensor in some):
+    if any(tensor.is_cuda for tensor in (*some, *others)):
         return all(map(same_bits, some, others))
     with ThreadPoolExecutor(_THREADS) as pool:
         return all(pool.map(same_bits, some, others))

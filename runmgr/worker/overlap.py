@@ -29,6 +29,12 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def join(*_: object) -> None:
     """Let what the current streams are given from now on come after all updates. It takes what a hook is called with."""
+    if _streams:
+        _join()
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # noqa: SLF001  # in a compiled optimizer step nothing would wait
+def _join() -> None:
     for device, stream in _streams.items():
         torch.cuda.current_stream(device).wait_stream(stream)
 
@@ -48,9 +54,8 @@ class Overlap:
             )
         self._model = model
         self._optimizer = weakref.ref(optimizer)
-        untraced = torch.compiler.disable(join)  # type: ignore[no-untyped-call]  # in a compiled step no stream would wait
-        before_load = model.register_load_state_dict_pre_hook(untraced)  # type: ignore[no-untyped-call]
-        for handle in (optimizer.register_step_pre_hook(untraced), before_load):
+        before_load = model.register_load_state_dict_pre_hook(join)  # type: ignore[no-untyped-call]
+        for handle in (optimizer.register_step_pre_hook(join), before_load):
             weakref.finalize(self, handle.remove)
 
     def paired(self, source: Source, parts: list[Tensor], views: list[Tensor]) -> OverlappingPairing:

@@ -47,14 +47,15 @@ class Staging:
             self._begin_to_add(missing, pinned_for)
 
     def _begin_to_add(self, size_bytes: int, pinned_for: torch.device | None) -> None:
-        """Make one more block, if the memory can be had. The thread also keeps CUDA's "last error" of a refusal to itself."""
+        thread = threading.Thread(target=self._add, args=(size_bytes, pinned_for), name="runmgr-staging")
+        with suppress(RuntimeError):  # no more threads can be had
+            thread.start()
+            self._reserving = thread
 
-        def add() -> None:
-            with suppress(*_NO_MEMORY):
-                self._blocks.append(_Block(size_bytes, pinned_for))
-
-        self._reserving = threading.Thread(target=add, name="runmgr-staging")
-        self._reserving.start()
+    def _add(self, size_bytes: int, pinned_for: torch.device | None) -> None:
+        """Make one more block, if the memory can be had."""
+        with suppress(*_NO_MEMORY):
+            self._blocks.append(_Block(size_bytes, pinned_for))
 
     def settle(self) -> None:
         """Return when no thread of ours is at work."""
@@ -77,7 +78,7 @@ class Staging:
         storages = {identity(tensor): tensor.untyped_storage() for tensor in tensors_in(value)}
         storages = {key: storage for key, storage in storages.items() if key not in private}
         pinned_for = next((storage.device for storage in storages.values() if storage.device.type == "cuda"), None)
-        if any(block.is_pinned != (pinned_for is not None) for block in self._blocks):
+        if any(block.for_gpu != (pinned_for is not None) for block in self._blocks):
             self._blocks = []
         for block in self._blocks:
             block.used_bytes = 0
@@ -92,8 +93,11 @@ class Staging:
             missing = sum(_aligned(storage.nbytes()) for _, storage in left)
             known = len(self._blocks)
             if missing <= _COPY_SHARE * available_bytes():
-                self._begin_to_add(missing, pinned_for)
-                self.settle()
+                if pinned_for is None:
+                    self._add(missing, None)
+                else:  # in a thread, which keeps CUDA's "last error" to itself, should the driver refuse
+                    self._begin_to_add(missing, pinned_for)
+                    self.settle()
             if len(self._blocks) == known:
                 return None
             placed |= {key: self._blocks[-1].take(storage.nbytes()) for key, storage in left}
@@ -115,7 +119,7 @@ class _Block:
     def __init__(self, size_bytes: int, pinned_for: torch.device | None) -> None:
         self.size_bytes = max(size_bytes, _ALIGNMENT_BYTES)
         self.used_bytes = 0
-        self.is_pinned = pinned_for is not None
+        self.for_gpu = pinned_for is not None
         self._buffer = mmap.mmap(-1, self.size_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):  # a kernel without them: small pages do
@@ -131,7 +135,7 @@ class _Block:
         with torch.cuda.device(device):  # a new thread's is GPU 0, which need not be this rank's
             refused = int(runtime.cudaHostRegister(address, self.size_bytes, _PORTABLE))
         if not refused:
-            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+            weakref.finalize(self, _unpin, runtime, address, device).atexit = False
 
     def has_room_for(self, size_bytes: int) -> bool:
         return self.used_bytes + size_bytes <= self.size_bytes
@@ -143,6 +147,11 @@ class _Block:
         taken = torch.frombuffer(self._buffer, dtype=torch.uint8, count=size_bytes, offset=self.used_bytes)
         self.used_bytes += _aligned(size_bytes)
         return taken
+
+
+def _unpin(runtime: Any, address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        runtime.cudaHostUnregister(address)
 
 
 def _aligned(size_bytes: int) -> int:

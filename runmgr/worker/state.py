@@ -179,6 +179,8 @@ def sharded_like(own: Any, full: Any) -> Any:
 
     whole = distribute_tensor(full.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
     local = whole.to_local().clone()  # not a view that would keep the whole tensor in memory
+    if own.device != local.device:  # FSDP2 offloads its shards to the CPU
+        return beside(own, local.to(own.device))
     return DTensor.from_local(
         local, own.device_mesh, own.placements, run_check=False, shape=full.shape, stride=whole.stride()
     )

@@ -66,11 +66,14 @@ def test_a_running_mean_with_float32_sums_is_that_sum_bit_for_bit_and_goes_on_fr
 
 def test_sums_are_never_narrower_than_the_weights():
     model = nn.ParameterDict(
-        {name: nn.Parameter(torch.zeros(1, dtype=getattr(torch, name))) for name in ("float64", "complex64")}
+        {
+            name: nn.Parameter(torch.zeros(1, dtype=getattr(torch, name)))
+            for name in ("float64", "complex64", "float8_e4m3fn")
+        }
     )
     average = RunningAverage(model, dtype=torch.float32)
     average.update()
-    assert {str(part.dtype) for part in average.parts()} == {"torch.float64", "torch.complex64"}
+    assert {str(part.dtype) for part in average.parts()} == {"torch.float64", "torch.complex64", "torch.float32"}
     with pytest.raises(InvalidInput, match=r"dtype=torch.float16.*must be"):
         RunningAverage(model, dtype=torch.float16)
 

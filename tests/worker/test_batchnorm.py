@@ -37,6 +37,18 @@ def test_one_rank_gets_what_torch_computes():
     assert (model[1].momentum, model[4].momentum) == (0.1, 0.3)
 
 
+def test_layers_that_do_more_than_normalise_still_do_it():
+    class Activated(nn.SyncBatchNorm):
+        def forward(self, inputs):
+            return super().forward(inputs).relu()
+
+    model = nn.Sequential(Activated(2), nn.BatchNorm1d(2))
+    own = model[1].forward = model[1].forward  # as a library's hook leaves it
+    runmgr.recalibrate_batch_norm(model, [torch.randn(64, 2)])
+    assert model[1].running_mean.min() > 0.2, "of what the activation gave"
+    assert vars(model[1])["forward"] == own
+
+
 def test_no_random_number_is_drawn_and_dropout_is_off():
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
     before = torch.get_rng_state()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -273,3 +274,24 @@ def test_what_would_not_wait_is_refused():
         with pytest.raises(InvalidInput, match="whose step calls no hooks"):
             RunningAverage(model, overlap_with=wrong)
     assert not model._load_state_dict_pre_hooks
+
+
+def test_a_model_whose_average_overlaps_can_be_pickled():
+    model = nn.Linear(3, 3)
+    average = RunningAverage(model, overlap_with=torch.optim.SGD(model.parameters()))
+    assert_same_bits(pickle.loads(pickle.dumps(model)).state_dict(), copied(model.state_dict()))
+    average.update()
+
+
+@pytest.mark.long  # Dynamo takes ten seconds
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own
+def test_the_step_of_an_optimizer_that_an_average_overlaps_with_can_be_compiled():
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = RunningAverage(model, overlap_with=optimizer)
+    average.update()
+    model(torch.ones(3)).sum().backward()
+    before = copied(model.state_dict())
+    torch.compile(optimizer.step, backend="eager")()
+    assert not torch.equal(model.weight, before["weight"])
+    assert_same_bits(average.averaged_state_dict(), before)

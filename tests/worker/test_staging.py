@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -94,14 +94,22 @@ class Driver:
     def __init__(self, refuses):
         self.refuses = refuses
         self.pinned = {}
+        self.device = 0
+
+    @contextmanager
+    def on(self, device):
+        before, self.device = self.device, device.index
+        yield
+        self.device = before
 
     def cudaHostRegister(self, address, size_bytes, flags):  # noqa: N802
-        assert flags == 1
+        assert (self.device, flags) == (1, 1)
         if not self.refuses:
             self.pinned[address] = size_bytes
         return int(self.refuses)
 
     def cudaHostUnregister(self, address):  # noqa: N802
+        assert self.device == 1, "GPU 0 is another rank's"
         ctypes.string_at(address, self.pinned.pop(address))  # is still mapped
 
 
@@ -109,11 +117,11 @@ class Driver:
 def test_memory_for_a_gpu_is_pinned_to_the_byte_and_given_back(stage, monkeypatch, refuses):
     driver = Driver(refuses)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", driver.on)
     stage.reserve(5000, pinned_for=torch.device("cuda:1"))
     stage.settle()
     (block,) = stage._blocks
-    assert block.is_pinned
+    assert block.for_gpu
     place = block.take(5000).fill_(7).data_ptr()
     assert driver.pinned == ({} if refuses else {place: 5000})
     del block
@@ -126,6 +134,15 @@ def test_sparse_tensors_are_known_not_to_be_copied_here():
     assert staging.can_stage({"a": torch.ones(1)})
     assert not staging.can_stage({"a": torch.ones(2, 2).to_sparse()})
     assert not staging.can_stage({"a": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])})
+
+
+def test_where_no_thread_can_be_had_the_copy_is_made_all_the_same(stage, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    stage.reserve(4000)
+    assert stage.copy({"a": torch.ones(1000)})["a"].sum() == 1000
 
 
 @pytest.mark.parametrize("error", [OSError, MemoryError, RuntimeError])
