@@ -19,7 +19,7 @@ from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement, fusing
 from runmgr.worker.averaging import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
-from runmgr.worker.state import local_part
+from runmgr.worker.state import beside, local_part
 
 WORLDS = size((4,), (2, 4, 8))
 SHARDED_WORLDS = size((2,), (1, *WORLDS))  # with all kinds each
@@ -321,6 +321,19 @@ def test_an_average_that_was_begun_before_the_process_group_says_so(monkeypatch)
     monkeypatch.setattr(agreement, "current_ranks", lambda: average._source.ranks._replace(rank=1, world_size=2))
     with pytest.raises(RunError, match="make averages after"):
         average.outline()
+
+
+def test_a_shard_that_is_put_beside_stays_on_its_own_device():
+    """As the host's memory is where FSDP2 offloads to it, or a GPU has no more room. "meta" stands for such a device here."""
+
+    def put(rank):
+        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+        sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Shard(0)])
+        found = beside(sharded, local_part(sharded).to("meta"))
+        return local_part(found).device.type, tuple(found.shape), tuple(local_part(found).shape)
+
+    assert values(run_ranks(2, put, store="group")) == [("meta", (4,), (2,))] * 2
 
 
 def test_what_is_not_finite_on_any_rank_enters_on_none():
