@@ -327,9 +327,10 @@ def test_a_shard_that_is_put_beside_stays_on_its_own_device():
     """As the host's memory is where FSDP2 offloads to it, or a GPU has no more room. "meta" stands for such a device here."""
 
     def put(rank):
-        from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
         sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Shard(0)])
+        del DTensor.from_local  # it would move a shard to a GPU that the ranks share it on
         found = beside(sharded, local_part(sharded).to("meta"))
         return local_part(found).device.type, tuple(found.shape), tuple(local_part(found).shape)
 
