@@ -39,7 +39,7 @@ def warned(controller, tmp_path_factory):
     The warning ends a process that does not listen yet, so it comes late enough for a busy machine to have imported torch.
     """
     made = Slurm(controller, tmp_path_factory.mktemp("warned"))
-    options = ("--time=2", "--nodes=1", "--ntasks=1", "--requeue")
+    options = ("--time=3", "--nodes=1", "--ntasks=1", "--requeue")
     training = (LAUNCH, "--nproc-per-node=1", JOB, ENDLESS)
     jobs = [made.submit(f"job-{number}", *options, f"--signal={signal}@70", *training)
             for number, signal in enumerate(("USR1", "B:USR1"))]  # fmt: skip
