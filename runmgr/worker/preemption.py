@@ -24,8 +24,8 @@ _LOST_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpec
 def ignore_stop_signals(worker_id: int = 0) -> None:  # noqa: ARG001  # what a DataLoader calls it with
     """Let this child process outlast the signals that ask a training to stop: for `DataLoader(worker_init_fn=…)`.
 
-    torchrun and Slurm send them to every process. Workers that end with them take the training along before it can save. One that
-    is just starting still does; `persistent_workers=True` starts them once.
+    torchrun and Slurm send them to every process. Workers that end with them take the training along before it can save. One
+    that is just starting still does; `persistent_workers=True` starts them once.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
