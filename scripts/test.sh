@@ -7,6 +7,7 @@ extra=test modules=(torch tensorboard filelock rich plotille shtab psutil pynvml
 if [ -n "${RUNMGR_THOROUGH:-}" ]; then extra=browser,wandb modules+=(playwright wandb); fi
 setup "$extra" "${modules[@]}"
 cd "$repository"
+unset PYTHONDONTWRITEBYTECODE # else hundreds of interpreters compile the package anew
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy

@@ -228,7 +228,7 @@ def start_ranks(world_size: int, function: Callable[..., Any], *args: Any, port:
 
 
 def end_ranks(pids: list[int], after_s: float) -> bool:
-    """Wait for the ranks up to `after_s`, then kill -9 those that live. True when all ended by themselves, with 0."""
+    """Wait for the ranks up to `after_s`, or until one fails, then kill -9 those that live. True when all ended with 0."""
     deadline = time.monotonic() + after_s
     left, clean = set(pids), True
     while left:
@@ -237,7 +237,7 @@ def end_ranks(pids: list[int], after_s: float) -> bool:
             if ended:
                 left.discard(pid)
                 clean = clean and status == 0
-        if left and time.monotonic() > deadline:
+        if left and (time.monotonic() > deadline or not clean):
             clean = False
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
