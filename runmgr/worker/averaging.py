@@ -171,7 +171,7 @@ class Average:
         """Return what is not averaged; what is no tensor is each rank's own."""
         others = self._newest_others()
         if self._source.ranks.world_size == 1:
-            return {key: map_tensors(value, partial(_copy_beside, own[key])) for key, value in others.items()}
+            return {key: map_tensors(value, partial(_copy_beside, own.get(key))) for key, value in others.items()}
         tensors = {
             key: value for key, value in own.items() if isinstance(value, torch.Tensor) and not is_averaged(value)
         }
@@ -322,9 +322,8 @@ class RunningAverage(Accumulated):
         if not self._parts:
             self._allocate()
             set_zero(self._parts)
-        self._pairing().apply(
-            torch._foreach_add_, torch.Tensor.add_
-        )  # which adds a float32 tensor in one pass on a GPU
+        # on a GPU `add_` converts what it adds as it reads it
+        self._pairing().apply(torch._foreach_add_, torch.Tensor.add_)
         self._others = self._source.others()
         self.count += 1
 
