@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     )
     from runmgr.run import Run
     from runmgr.start import start_run
-    from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+    from runmgr.worker.accumulating import ExponentialAverage, RunningAverage
     from runmgr.worker.batchnorm import recalibrate_batch_norm
     from runmgr.worker.best import BestAverage
     from runmgr.worker.loading import Progress
@@ -94,7 +94,7 @@ _HOMES = {
     ),
     "runmgr.run": ("Run",),
     "runmgr.start": ("start_run",),
-    "runmgr.worker.averaging": ("ExponentialAverage", "RunningAverage"),
+    "runmgr.worker.accumulating": ("ExponentialAverage", "RunningAverage"),
     "runmgr.worker.batchnorm": ("recalibrate_batch_norm",),
     "runmgr.worker.best": ("BestAverage",),
     "runmgr.worker.loading": ("Progress",),

@@ -165,12 +165,20 @@ def _choose(request: Request, launches: list[Launch]) -> _Choice:
     if request.resume == "latest":
         for run_id in catalog.run_ids(experiment):
             run = experiment.run(run_id)
-            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run) or checkpoints.read_all(run):
+            if (run.path / directories.LATEST_NAME).exists() or leases.is_live(run) or _has_saved(run):
                 return _Choice(run, is_new=False)
     if request.fork_from is not None:
         _fork_source(request)  # a wrong one must not leave a new run behind
     run, without_lock = claiming.create_run(experiment, secrets.token_hex(16))
     return _Choice(run, is_new=True, without_lock=without_lock)
+
+
+def _has_saved(run: RunDirectory) -> bool:
+    """Whether a run has checkpoints though the name of the latest is gone; one that cannot be read is passed over."""
+    try:
+        return bool(checkpoints.read_all(run))
+    except (RunError, OSError):
+        return False
 
 
 def _run_of_launch(launches: list[Launch]) -> tuple[RunDirectory | None, Launch | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -77,6 +78,10 @@ def test_latest_is_the_newest_run_that_saved_though_its_name_is_gone(root):
     newest, _ = in_process({}, save)
     in_process({})  # saved nothing
     (root / "x" / newest / "ckpt_latest.pth").unlink()
+    later, _ = in_process({}, save)
+    (root / "x" / later / "ckpt_latest.pth").unlink()
+    record = json.loads((root / "x" / later / "run.json").read_text())
+    (root / "x" / later / "run.json").write_text(json.dumps(record | {"format": 99}))  # of a version to come
     assert in_process({}, save, resume="latest") == (newest, 1)
     assert (root / "x" / newest / "ckpt_latest.pth").exists()
 

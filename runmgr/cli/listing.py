@@ -12,7 +12,7 @@ from runmgr.cli import references, tables
 from runmgr.cli.tables import Column
 from runmgr.disk import catalog, directory
 from runmgr.disk.filters import STATUSES, Filter
-from runmgr.disk.metrics import metric_names, value_of
+from runmgr.disk.metrics import value_of
 from runmgr.disk.summary import mapping
 from runmgr.errors import RunNotFound
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from runmgr.disk.summary import OnProgress
 
-_MOST_ASKED = 20
 _EXPERIMENTS = (Column("EXPERIMENT"), Column("LATEST RUN"))
 _RUNS = (
     Column("RUN"),
@@ -100,14 +99,12 @@ def _unknown_metric(wanted: Filter, names: list[str], root: Path) -> str:
     known: set[str] = set()
     for name in names if wanted.conditions else ():
         with suppress(PermissionError):  # which was told before
-            for run in catalog.find(name, root, Filter(), limit=_MOST_ASKED):
-                known |= metric_names(run.best, run.latest) | {"epoch", "step"}
-    unknown = [condition.name for condition in wanted.conditions if known and condition.name not in known]
-    return (
-        f"; none of the newest has saved a metric {unknown[0]!r}{catalog.nearest(unknown[0], sorted(known))}"
-        if unknown
-        else ""
-    )
+            known |= catalog.newest_metrics(directory.Experiment(root, name))
+    for condition in wanted.conditions:
+        if known and condition.name not in known | {"epoch", "step"}:
+            near = catalog.nearest(condition.name, sorted(known))
+            return f"; none of the newest has saved a metric {condition.name!r}{near}"
+    return ""
 
 
 def _found(name: str, root: Path, wanted: Filter, limit: int | None, advance: OnProgress) -> Iterator[catalog.RunInfo]:

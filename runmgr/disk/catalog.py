@@ -213,10 +213,16 @@ def best_run(
             if is_better(value, best_value, mode):
                 best, best_value = run_id, value
     if best is None:
-        known = {name for run in look(experiment, ids[:_MOST_ASKED]) for name in metric_names(run.best, run.latest)}
+        known = newest_metrics(experiment)
         near = nearest(metric, sorted(known)) if known else "; none of the newest has any metric"
         raise RunNotFound(f"no run of {path} has saved a checkpoint with the metric {metric!r}{near}", path=str(path))
     return get_run(experiment_name, best, ckpt_root_dir)
+
+
+def newest_metrics(experiment: Experiment) -> set[str]:
+    """Return the names of the metrics that an experiment's newest runs have saved."""
+    newest = look(experiment, newest_ids(experiment, _MOST_ASKED))
+    return {name for run in newest for name in metric_names(run.best, run.latest)}
 
 
 def get_latest_run_id(

@@ -11,7 +11,8 @@ import torch
 
 from runmgr.disk.metrics import is_better
 from runmgr.errors import CheckpointCorrupt, InvalidInput
-from runmgr.worker.averaging import Average, ExponentialAverage, check_outlines, of_parts, wide
+from runmgr.worker.accumulating import ExponentialAverage
+from runmgr.worker.averaging import Average, check_outlines, of_parts, wide
 from runmgr.worker.fusing import ExactSum, copied_if_finite, copy_all, empty_parts
 from runmgr.worker.members import Member, are_same_bits, same_bits
 from runmgr.worker.staging import map_tensors

@@ -11,7 +11,8 @@ from torch import nn
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import loading, writing
 from runmgr.worker import state as states
-from runmgr.worker.averaging import Accumulated, Average, check_outlines
+from runmgr.worker.accumulating import Accumulated
+from runmgr.worker.averaging import Average, check_outlines
 from runmgr.worker.best import BestAverage, Held
 from runmgr.worker.loadable import loadable
 from runmgr.worker.staging import identity, map_tensors, tensors_in

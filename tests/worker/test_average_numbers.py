@@ -12,7 +12,7 @@ from torch import nn
 
 from runmgr.errors import InvalidInput
 from runmgr.worker import fusing
-from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+from runmgr.worker.accumulating import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

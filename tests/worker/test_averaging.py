@@ -15,7 +15,7 @@ from torch import nn
 
 import runmgr
 from runmgr.errors import InvalidInput, RunError
-from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+from runmgr.worker.accumulating import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 from runmgr.worker.members import same_bits
 

@@ -20,7 +20,7 @@ from torch import nn
 import runmgr
 from runmgr.errors import InvalidInput
 from runmgr.worker import overlap
-from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+from runmgr.worker.accumulating import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,7 +17,7 @@ from torch import nn
 import runmgr
 from runmgr.errors import InvalidInput, RunError
 from runmgr.worker import agreement, fusing
-from runmgr.worker.averaging import ExponentialAverage, RunningAverage
+from runmgr.worker.accumulating import ExponentialAverage, RunningAverage
 from runmgr.worker.best import BestAverage
 from runmgr.worker.state import beside, local_part
 

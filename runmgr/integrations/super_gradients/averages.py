@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from runmgr.errors import InvalidInput
 from runmgr.worker import state as states
-from runmgr.worker.averaging import ExponentialAverage
+from runmgr.worker.accumulating import ExponentialAverage
 from runmgr.worker.best import BestAverage
 
 if TYPE_CHECKING:
